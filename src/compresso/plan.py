@@ -1,0 +1,259 @@
+"""A Plan says which units stay. It is the only thing that a method hands over.
+
+`select` makes one from scores and a target; `save` and `load` keep it in a run folder.
+Nothing here knows about gates that learn or about models that compute.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compresso.shape import UNITS, LayerShape, ModelShape, sparsity
+
+FORMAT = 1
+TOLERANCE = 0.001
+"""A plan may miss its target by this much (0.1 points) before coarse units are traded for fine ones."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The value of every gate of `shape`: 0 removes the unit, 1 keeps it, between scales it.
+
+    `gates` maps each unit to one flat tensor, layer after layer. `hidden` is 0/1, because
+    a scale in a tied embedding would scale the head too. A sub-layer whose units are all
+    gone is gone, and the other way round.
+    """
+
+    shape: ModelShape
+    gates: dict[str, Tensor]
+
+    def __post_init__(self):
+        gates = self.shape.open_gates()
+        for unit, values in self.gates.items():
+            if unit not in gates or values.shape != gates[unit].shape:
+                expected = {u: tuple(g.shape) for u, g in gates.items()}
+                raise ValueError(f"a plan for this model has {expected}, found {unit!r} of shape {tuple(values.shape)}")
+            if not torch.isfinite(values).all() or (values < 0).any() or (values > 1).any():
+                raise ValueError(f"gates lie in [0, 1]; those of {unit!r} do not")
+            gates[unit] = values.detach().double().cpu()
+        hidden = gates["hidden"]
+        if not torch.equal(hidden, (hidden > 0).double()) or not hidden.any():
+            raise ValueError("hidden gates are 0 or 1, and at least one is 1")
+        for inner, outer in (("kv_group", "attention"), ("intermediate", "mlp")):
+            parts = gates[inner].split(self.shape.sizes(inner))
+            alive = torch.tensor([bool(part.any()) for part in parts]) & (gates[outer] > 0)
+            gates[outer] = gates[outer] * alive
+            gates[inner] = torch.cat([part * on for part, on in zip(parts, alive, strict=True)])
+        object.__setattr__(self, "gates", gates)
+
+    @property
+    def keep(self) -> dict[str, list[Tensor]]:
+        """Indices kept: for each unit one int64 tensor a layer (a single one for `hidden`)."""
+        return {
+            unit: [part.nonzero().squeeze(1) for part in values.split(self.shape.sizes(unit))]
+            for unit, values in self.gates.items()
+        }
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable parameters that the extracted model lacks."""
+        return float(sparsity(self.shape, {unit: (g > 0).double() for unit, g in self.gates.items()}))
+
+    def binary(self) -> "Plan":
+        """The same units kept, each at 1."""
+        return Plan(self.shape, {unit: (g > 0).double() for unit, g in self.gates.items()})
+
+    def scaled(self, values: dict[str, Tensor]) -> "Plan":
+        """The same units kept, each (but `hidden`) at the given value, which must be above 0."""
+        gates = {u: g * values[u].double().cpu() if u in values and u != "hidden" else g for u, g in self.gates.items()}
+        return Plan(self.shape, gates)
+
+    def widths(self) -> list[dict[str, int]]:
+        """Key/value heads, query heads and FFN width that each layer keeps."""
+        kept = {unit: [len(indices) for indices in layers] for unit, layers in self.keep.items()}
+        return [
+            {
+                "num_key_value_heads": groups,
+                "num_attention_heads": groups * layer.queries_per_group,
+                "intermediate_size": channels,
+            }
+            for layer, groups, channels in zip(self.shape.layers, kept["kv_group"], kept["intermediate"], strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Units of one kind and layer that go together."""
+
+    unit: str
+    layer: int
+    members: Tensor
+    score: float
+
+
+def _blocks(shape: ModelShape, scores: dict[str, Tensor], round_to: int) -> tuple[list[_Block], list[_Block]]:
+    """What must go for `round_to`, and what may go, least valuable first.
+
+    Of every layer the best group and the best `round_to` channels stay, unless their
+    sub-layer is a unit itself; so do the best `round_to` hidden channels.
+    """
+    forced, offered = [], []
+    for unit, values in scores.items():
+        grain = round_to if unit in ("intermediate", "hidden") else 1
+        floor = grain if unit in ("kv_group", "intermediate", "hidden") else 0
+        offset = 0
+        for layer, size in enumerate(shape.sizes(unit)):
+            part = values[offset : offset + size].double().cpu()
+            offset += size
+            order = part.argsort(descending=True, stable=True)
+            kept = size - size % grain
+            if size > kept:
+                forced.append(_Block(unit, layer, order[kept:], -torch.inf))
+            for start in range(floor, kept, grain):
+                members = order[start : start + grain]
+                offered.append(_Block(unit, layer, members, float(part[members].mean())))
+    return forced, sorted(offered, key=lambda block: block.score)
+
+
+class _Removal:
+    """Gates while blocks are taken away, with the parameters left kept up to date."""
+
+    def __init__(self, shape: ModelShape):
+        self.shape = shape
+        self.gates = {unit: list(g.split(shape.sizes(unit))) for unit, g in shape.open_gates().items()}
+        self.hidden = shape.hidden_size
+        self.attention = [layer.num_key_value_heads * layer.rows_per_group for layer in shape.layers]
+        self.mlp = [layer.intermediate_size * shape.mlp_matrices for layer in shape.layers]
+        self.rows = sum(self.attention) + sum(self.mlp)
+        self.before = self.hidden * self.rows
+
+    def _rows(self, block: _Block) -> int:
+        """Rows that go with a block (for `hidden`: none, but columns)."""
+        match block.unit:
+            case "kv_group":
+                rows = len(block.members) * self.shape.layers[block.layer].rows_per_group
+                return min(rows, self.attention[block.layer])
+            case "intermediate":
+                return min(len(block.members) * self.shape.mlp_matrices, self.mlp[block.layer])
+            case "attention":
+                return self.attention[block.layer]
+            case "mlp":
+                return self.mlp[block.layer]
+        return 0
+
+    def sparsity(self, block: _Block | None = None) -> float:
+        """Share removed so far, or if this block went as well."""
+        hidden, rows = self.hidden, self.rows
+        if block is not None:
+            hidden -= len(block.members) if block.unit == "hidden" else 0
+            rows -= self._rows(block)
+        return 1 - hidden * rows / self.before
+
+    def remove(self, block: _Block) -> None:
+        rows = self._rows(block)
+        self.rows -= rows
+        if block.unit == "hidden":
+            self.hidden -= len(block.members)
+        elif block.unit in ("kv_group", "attention"):
+            self.attention[block.layer] -= rows
+        else:
+            self.mlp[block.layer] -= rows
+        self.gates[block.unit][block.layer][block.members] = 0
+
+    def plan(self) -> Plan:
+        return Plan(self.shape, {unit: torch.cat(parts) for unit, parts in self.gates.items()})
+
+
+def largest_sparsity(shape: ModelShape, units: tuple[str, ...], round_to: int = 1) -> float:
+    """The most that these units can give, with what `select` always keeps."""
+    removal = _Removal(shape)
+    forced, offered = _blocks(shape, {u: torch.zeros(sum(shape.sizes(u))) for u in units}, round_to)
+    for block in (*forced, *offered):
+        removal.remove(block)
+    return removal.sparsity()
+
+
+def select(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float, round_to: int = 1) -> Plan:
+    """Remove the units of lowest score until `target_sparsity` of the prunable parameters is gone.
+
+    `scores` maps each unit that may go to one flat tensor, comparable across kinds. The
+    kept FFN widths and the hidden size are multiples of `round_to`. A unit that would
+    overshoot is passed over for smaller ones, so that the result is within `TOLERANCE`
+    of the target where unit sizes allow. A target of 0 is the identity.
+
+    Raises ValueError if the units cannot give that much, or `round_to` forces more.
+    """
+    for unit, values in scores.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"the scores of {unit!r} are not finite")
+    removal = _Removal(shape)
+    if target_sparsity == 0:
+        return removal.plan()
+    if round_to > min(
+        (size for u in scores if u in ("intermediate", "hidden") for size in shape.sizes(u) if size), default=1
+    ):
+        raise ValueError(f"--round-to {round_to} is wider than the narrowest FFN or hidden width of this model")
+    largest = largest_sparsity(shape, tuple(scores), round_to)
+    if target_sparsity > largest + TOLERANCE:
+        raise ValueError(
+            f"the units {','.join(scores)} can remove at most {largest:.4f} of the prunable parameters, "
+            f"asked for {target_sparsity}; lower --target-sparsity or add --units"
+        )
+    forced, offered = _blocks(shape, scores, round_to)
+    for block in forced:
+        removal.remove(block)
+    if removal.sparsity() > target_sparsity + TOLERANCE:
+        raise ValueError(
+            f"--round-to {round_to} alone removes {removal.sparsity():.4f} of the prunable parameters, "
+            f"more than the target {target_sparsity}; choose a divisor of the widths"
+        )
+    passed_over: _Block | None = None
+    for block in offered:
+        if target_sparsity - removal.sparsity() <= TOLERANCE / 10:
+            break
+        if removal.sparsity(block) <= target_sparsity:
+            removal.remove(block)
+        elif passed_over is None or removal.sparsity(block) < removal.sparsity(passed_over):
+            passed_over = block
+    if passed_over and removal.sparsity(passed_over) - target_sparsity < target_sparsity - removal.sparsity():
+        removal.remove(passed_over)
+    return removal.plan()
+
+
+def save(plan: Plan, folder: Path, about: dict) -> None:
+    """Write plan.safetensors (the gates) and plan.json (shape, widths and `about`)."""
+    save_file({unit: g.float().contiguous() for unit, g in plan.gates.items()}, folder / "plan.safetensors")
+    text = {
+        "format": FORMAT,
+        **about,
+        "sparsity": plan.sparsity,
+        "hidden_size": len(plan.keep["hidden"][0]),
+        "widths": plan.widths(),
+        "shape": asdict(plan.shape),
+    }
+    (folder / "plan.json").write_text(json.dumps(text, indent=2) + "\n")
+
+
+def load(folder: Path) -> Plan:
+    """Read a plan back. Raises FileNotFoundError or ValueError, naming the file."""
+    folder = Path(folder)
+    for name in ("plan.json", "plan.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; a run folder of `compresso prune` has one")
+    try:
+        text = json.loads((folder / "plan.json").read_text())
+        if text["format"] != FORMAT:
+            raise ValueError(f"format {text['format']}, this version reads {FORMAT}")
+        layers = tuple(LayerShape(**layer) for layer in text["shape"]["layers"])
+        shape = ModelShape(text["shape"]["hidden_size"], text["shape"]["mlp_matrices"], layers)
+        tensors = load_file(folder / "plan.safetensors")
+        if set(tensors) != set(UNITS):
+            raise ValueError(f"units {sorted(tensors)}, expected {sorted(UNITS)}")
+        return Plan(shape, tensors)
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder / 'plan.json'} or plan.safetensors is damaged: {error}") from error

@@ -1,0 +1,95 @@
+"""Records that the model writes itself, for when there is no instruction data (LLM-QAT's idea, arXiv 2305.17888).
+
+A chat model samples a user's turn after its own template's opening, then answers it. A
+base model continues random tokens: the first three to five greedily, the rest sampled.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from compresso.batches import Encoder
+from compresso.prompts import CollaborativePrompt
+
+AT_ONCE = 16
+QUESTION_TOKENS, ANSWER_TOKENS, TEXT_TOKENS = 64, 160, 192
+MARK = "\u2047"  # stands for the user's words while the template is taken apart
+
+
+def write_records(
+    model: PreTrainedModel, encoder: Encoder, count: int, seed: int, path: Path, advance: Callable[[int], None]
+) -> None:
+    """Write `count` records to `path` as JSON lines; `advance` is told how many were added."""
+    torch.manual_seed(seed)
+    write = _conversations if encoder.tokenizer.chat_template else _continuations
+    written = 0
+    with path.open("w", encoding="utf-8") as sink:
+        for record in write(model, encoder, random.Random(seed), count * 4):
+            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+            written += 1
+            advance(1)
+            if written == count:
+                return
+    if not written:
+        raise ValueError("the model wrote no usable record of its own; use --data with a file")
+
+
+def _conversations(model: PreTrainedModel, encoder: Encoder, rng: random.Random, most: int) -> Iterator[dict]:
+    none = CollaborativePrompt("none", "", "chat")
+    opening = encoder.render([{"role": "user", "content": MARK}], none, generate=False).partition(MARK)[0]
+    for _ in range(0, most, AT_ONCE):
+        questions = [q for q in _sample(model, encoder, [opening] * AT_ONCE, QUESTION_TOKENS) if len(q.split()) > 2]
+        asked = [encoder.render([{"role": "user", "content": q}], none, generate=True) for q in questions]
+        for question, answer in zip(questions, _sample(model, encoder, asked, ANSWER_TOKENS), strict=True):
+            if answer:
+                yield {"instruction": question, "output": answer}
+
+
+def _continuations(model: PreTrainedModel, encoder: Encoder, rng: random.Random, most: int) -> Iterator[dict]:
+    tokenizer = encoder.tokenizer
+    for _ in range(0, most, AT_ONCE):
+        start = torch.tensor([[rng.randrange(model.config.vocab_size)] for _ in range(AT_ONCE)], device=model.device)
+        greedy = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=rng.randint(2, 4),
+            do_sample=False,
+            pad_token_id=_pad(encoder),
+        )
+        texts = tokenizer.batch_decode(greedy, skip_special_tokens=True)
+        for head, tail in zip(texts, _sample(model, encoder, texts, TEXT_TOKENS), strict=True):
+            if tail:
+                yield {"text": f"{head} {tail}".strip()}
+
+
+@torch.no_grad()
+def _sample(model: PreTrainedModel, encoder: Encoder, texts: list[str], tokens: int) -> list[str]:
+    """Sampled continuations, one a text; batches are padded on the left."""
+    if not texts:
+        return []
+    tokenizer = encoder.tokenizer
+    rows = [tokenizer(t, add_special_tokens=not t.startswith(tokenizer.bos_token or "\0"))["input_ids"] for t in texts]
+    rows = [row or [_pad(encoder)] for row in rows]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[_pad(encoder)] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_p=0.95,
+        pad_token_id=_pad(encoder),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def _pad(encoder: Encoder) -> int:
+    tokenizer = encoder.tokenizer
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

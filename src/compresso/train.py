@@ -1,0 +1,157 @@
+"""The one loop: task loss, and the sparsity constraint where there are masks.
+
+`fit` is a generator of metrics rows, one an optimizer step; who shows or stores them is
+not its business. Recovery is the same loop without masks.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+
+from compresso.batches import IGNORE, Batch
+from compresso.families import family_of
+from compresso.lagrangian import Lagrangian
+from compresso.masks import Gates, Masks
+
+LOGITS_AT_ONCE = 2**25  # entries of float32 logits that exist at a time: 128 MiB
+WARMUP = 0.05  # share of the steps in which the learning rate rises
+NOISE_SEED = 1_000_003  # keeps the gates' noise apart from the seeds of the data
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient is not finite; nothing of that step was applied."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What the loop needs besides the model while gates are learned."""
+
+    masks: Masks
+    gates: Gates
+    lagrangian: Lagrangian
+    learning_rate: float
+
+
+def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Sum of the next-token loss over the labelled tokens of a batch: a scalar, in float32.
+
+    The shared prefix is run once, and every row attends to its keys and values; gradients
+    flow through them. Logits are computed only where there is a label, in chunks.
+    """
+    family = family_of(model.config.model_type)
+    decoder = model.get_submodule(family.layers.rpartition(".")[0])
+    rows, length = batch.ids.shape
+    cache = None
+    if len(batch.prefix):
+        cache = DynamicCache(config=model.config)
+        decoder(input_ids=batch.prefix[None], past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            if layer.keys is not None:
+                layer.keys = layer.keys.expand(rows, -1, -1, -1)
+                layer.values = layer.values.expand(rows, -1, -1, -1)
+    positions = torch.arange(length, device=batch.ids.device)[None] + len(batch.prefix)
+    hidden = decoder(
+        input_ids=batch.ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
+    wanted = batch.labels[:, 1:] != IGNORE
+    hidden, labels = hidden[:, :-1][wanted], batch.labels[:, 1:][wanted]
+    head = model.get_submodule(family.head)
+
+    def loss_of(part: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(head(part).float(), label, reduction="sum")
+
+    chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    if len(labels) <= chunk:
+        return loss_of(hidden, labels)
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    return torch.stack([checkpoint(loss_of, h, y, use_reentrant=False) for h, y in parts]).sum()
+
+
+def gate_learning_rate(steps: int) -> float:
+    """Step size of log_alpha such that a steady gradient carries it across its range within the run."""
+    return min(0.3, max(0.01, 12 / steps))
+
+
+def fit(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    next_batches: Callable[[dict[str, float]], list[Batch]],
+    *,
+    steps: int,
+    learning_rate: float,
+    clip: float,
+    seed: int,
+    pruning: Pruning | None = None,
+) -> Iterator[dict[str, float | str | int]]:
+    """Train the parameters that require grad, and the masks, for `steps` optimizer steps.
+
+    `next_batches` gets the state of the constraint (for prompts that show it) and returns
+    the parts of one global batch. Raises Diverged before a step with a loss or gradient
+    that is not finite is applied.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    noise = torch.Generator().manual_seed(seed * NOISE_SEED)
+    gate_optimizer = torch.optim.Adam(pruning.masks.parameters(), lr=pruning.learning_rate) if pruning else None
+    state: dict[str, float] = {"sparsity": 0.0, "target_sparsity": 0.0}
+    model.train()
+    for step in range(steps):
+        began = time.perf_counter()
+        phase = pruning.lagrangian.schedule.phase(step) if pruning else "recover"
+        gating = phase not in ("lora", "recover")
+        if pruning and gating:
+            pruning.gates.set(pruning.masks.sample(noise))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _rate(step, steps)
+        parts = next_batches(state)
+        targets = max(sum(part.targets for part in parts), 1)
+        total = 0.0
+        for i, part in enumerate(parts):
+            with accelerator.no_sync(model) if i + 1 < len(parts) else contextlib.nullcontext():
+                loss = target_loss(model, part.to(accelerator.device)) / targets
+                # the gates are a graph of their own, shared by the parts of the batch
+                accelerator.backward(loss, retain_graph=gating and i + 1 < len(parts))
+            total += float(loss.detach())
+        norm = float(accelerator.clip_grad_norm_(trainable, clip))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise Diverged(f"at step {step + 1} the loss is {total} and the gradient's norm {norm}")
+        optimizer.step()
+        optimizer.zero_grad()
+        row: dict[str, float | str | int] = {"step": step + 1, "phase": phase, "loss": total}
+        if pruning and gate_optimizer and gating:
+            _gate_step(pruning, gate_optimizer, step, state)
+        if pruning:
+            row |= {"expected_sparsity": state["sparsity"], "target_sparsity": state["target_sparsity"]}
+            row["lambda_1"] = pruning.lagrangian.lambda_1
+        seconds = time.perf_counter() - began
+        row |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_norm": norm}
+        row |= {"tokens": sum(part.tokens for part in parts), "seconds": seconds}
+        yield row
+    model.eval()
+
+
+def _gate_step(pruning: Pruning, optimizer: torch.optim.Optimizer, step: int, state: dict[str, float]) -> None:
+    """Let the task move the gates, then the constraint."""
+    optimizer.step()
+    optimizer.zero_grad()
+    pruning.masks.clamp()
+    state["sparsity"], state["target_sparsity"] = pruning.lagrangian.step(pruning.masks, step)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm-up, then a cosine to a tenth."""
+    warmup = max(1, int(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,142 @@
+"""What every step of a run has at hand: settings, model, records, prompt, device, and where rows of metrics go."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.batches import Batch, Encoder, batches
+from compresso.config import PruneConfig
+from compresso.masks import Masks
+from compresso.prompts import CollaborativePrompt
+from compresso.records import Record, Source, similar_lengths, stream
+from compresso.train import Diverged
+
+console = Console()
+POOL = 16  # batches that are sorted by length together
+STOPPED = "stopped"  # folder in a run: adapters and gates of a run that did not finish
+
+
+class Stopped(RuntimeError):
+    """Training ended early; the message says why and what is kept."""
+
+
+@dataclass
+class Workbench:
+    config: PruneConfig
+    folder: Path
+    accelerator: Accelerator
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    prompt: CollaborativePrompt
+    sources: list[Source]
+    held_out: list[Record]
+    windows: list[Batch]
+    parameters: int
+    """Of the dense model."""
+    prunable: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What steps leave for the summary."""
+
+    def prompt_at(self, sparsity: float, target: float | None = None) -> CollaborativePrompt:
+        """The prompt with the state of the run filled in."""
+        target = self.config.target_sparsity if target is None else target
+        left = self.parameters - sparsity * self.prunable
+        return self.prompt.filled(sparsity=sparsity, target_sparsity=target, parameters=left)
+
+    def batches(self, seed: int, sparsity: float = 0.0) -> Callable[[dict[str, float]], list[Batch]]:
+        """A function that gives the parts of the next global batch."""
+        size = self.config.batch_size
+        groups = similar_lengths(stream(self.sources, seed), size, POOL, seed)
+
+        def next_batches(state: dict[str, float]) -> list[Batch]:
+            prompt = self.prompt_at(state["sparsity"] or sparsity, state["target_sparsity"] or None)
+            return batches(next(groups), self.encoder, prompt, self.config.accumulation)
+
+        return next_batches
+
+    def validation(self, sparsity: float = 0.0) -> list[Batch]:
+        """The held-out records, of similar length together."""
+        prompt = self.prompt_at(sparsity)
+        return batches(self.held_out, self.encoder, prompt, parts=(len(self.held_out) + 7) // 8)
+
+    def follow(self, stage: str, rows: Iterator[dict], steps: int) -> None:
+        """Run the loop to its end: progress bar, metrics.jsonl, tracker."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics, progress_bar() as bar:
+            task = bar.add_task(stage, total=steps, note="")
+            began, tokens = time.perf_counter(), 0
+            for row in rows:
+                tokens += row["tokens"]
+                metrics.write(json.dumps({"stage": stage, **row}) + "\n")
+                metrics.flush()
+                self.accelerator.log({f"{stage}/{k}": v for k, v in row.items() if not isinstance(v, str)})
+                rate = tokens / (time.perf_counter() - began)
+                bar.update(task, advance=1, description=f"{stage} [{row['phase']}]", note=_note(row, rate))
+                if not console.is_terminal and row["step"] % max(1, steps // 10) == 0:
+                    console.print(
+                        f"{stage} [{row['phase']}] step {row['step']}/{steps}  {_note(row, rate)}", markup=False
+                    )
+
+    @contextmanager
+    def keeping(self, wrapped: PeftModel, masks: Masks | None) -> Iterator[None]:
+        """If training stops inside, save adapters and gates of the last good step, and raise Stopped."""
+        try:
+            yield
+        except (KeyboardInterrupt, Diverged) as error:
+            kept = self.folder / STOPPED
+            wrapped.save_pretrained(kept, safe_serialization=True)
+            if masks is not None:
+                save_file({unit: a.detach() for unit, a in masks.log_alpha.items()}, kept / "log_alpha.safetensors")
+            parts = "adapters and gates" if masks else "adapters"
+            what = f"The {parts} of the last good step are in {kept}, the metrics beside it."
+            if isinstance(error, KeyboardInterrupt):
+                raise Stopped(f"interrupted. {what}") from None
+            raise Stopped(
+                f"{error}. {what} Lower --learning-rate"
+                f"{' or --gate-learning-rate' if masks else ''}, or use --precision fp32"
+            ) from error
+
+
+def _note(row: dict, rate: float) -> str:
+    note = f"loss {row['loss']:.3f}"
+    if "expected_sparsity" in row:
+        note += f"  sparsity {100 * row['expected_sparsity']:.1f}% of {100 * row['target_sparsity']:.1f}%"
+    return f"{note}  {rate:,.0f} tokens/s"
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 where it is asked for, or where the hardware multiplies it natively."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+            native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+        precision = "bf16" if native else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -1,0 +1,291 @@
+"""`prune` and `recover` from end to end on tiny checkpoints: what they promise holds on disk."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import compresso
+from compresso import methods, plan, train
+from compresso.chat import chat
+from compresso.families import FAMILIES
+from compresso.lagrangian import make_schedule
+from compresso.masks import Gates, Masks
+from compresso.shape import count_prunable, describe
+from compresso.workbench import Stopped
+from tiny import tiny_model
+
+QUICK = {
+    "steps": 8,
+    "recover_steps": 4,
+    "batch_size": 4,
+    "max_length": 48,
+    "prompt": "short",
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint, data):
+    """A finished run of unequal widths."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    compresso.prune(model=str(checkpoint), data=str(data), output=str(folder), target_sparsity=0.3, **QUICK)
+    return folder
+
+
+def rows(folder, stage):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in lines if row["stage"] == stage]
+
+
+def test_a_run_folder_holds_what_it_promises(finished, checkpoint):
+    for name in ("config.yaml", "env.json", "metrics.jsonl", "plan.safetensors", "plan.json", "summary.json", "cut", "model"):
+        assert (finished / name).exists(), name
+    summary = json.loads((finished / "summary.json").read_text())
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint)
+    small = AutoModelForCausalLM.from_pretrained(finished / "model")
+    assert summary["prunable_parameters"] == {"before": count_prunable(dense), "after": count_prunable(small)}
+    assert summary["parameters"]["after"] == sum(p.numel() for p in small.parameters())
+    assert summary["sparsity"] == pytest.approx(1 - count_prunable(small) / count_prunable(dense), abs=1e-12)
+    assert summary["sparsity"] == pytest.approx(0.3, abs=0.01)  # one hidden channel of 32 is 3 points
+    assert summary["max_logit_difference"] < 1e-3
+    assert summary["logit_differences"]["model_reloaded"] == 0
+    for key in ("perplexity", "loss"):
+        assert set(summary[key]) == {"dense", "cut", "recovered"}
+    assert len(summary["widths"]) == 3
+    for key in ("seconds", "peak_memory_bytes", "seed", "versions", "target_sparsity"):
+        assert key in summary
+    assert summary["bytes"]["after"] < summary["bytes"]["before"] * 1.1
+
+
+def test_metrics_have_a_row_a_step_and_the_constraint_ends_on_target(finished):
+    pruning = rows(finished, "prune")
+    assert [row["step"] for row in pruning] == list(range(1, 9))
+    assert [row["phase"] for row in pruning] == ["ramp"] * 6 + ["hold"] * 2
+    assert pruning[-1]["expected_sparsity"] == pytest.approx(0.3, abs=0.005)
+    assert [row["phase"] for row in rows(finished, "recover")] == ["recover"] * 4
+
+
+def test_it_loads_and_generates_where_compresso_is_not_installed(finished):
+    code = f"""
+import sys
+sys.modules["compresso"] = None
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder = {str(finished / "model")!r}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+AutoModel.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("the quick", return_tensors="pt").input_ids
+print(type(model).__name__, model.generate(ids, max_new_tokens=5, eos_token_id=None, pad_token_id=0).shape[1] - ids.shape[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["LlamaPerLayerForCausalLM", "5"], done.stderr
+
+
+def test_equal_widths_load_as_a_stock_class_in_a_stock_process(checkpoint, data, tmp_path):
+    folder = tmp_path / "run"
+    settings = {**QUICK, "units": "hidden", "recover_steps": 0}
+    compresso.prune(model=str(checkpoint), data=str(data), output=str(folder), target_sparsity=0.25, **settings)
+    assert not (folder / "model" / "modeling_compresso.py").exists()
+    code = f"""
+import sys
+sys.modules["compresso"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder / "model")!r})
+print(type(model).__name__, model.config.hidden_size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["LlamaForCausalLM", "24"], done.stderr
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_all_units_of_every_family_at_once(model_type, tokenizer, data, tmp_path):
+    tiny_model(model_type, max_position_embeddings=512).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    summary = compresso.prune(
+        model=str(tmp_path / "dense"),
+        data=str(data),
+        output=str(tmp_path / "run"),
+        target_sparsity=0.5,
+        units="kv_group,intermediate,hidden,attention,mlp",
+        round_to=4,
+        **QUICK,
+    )
+    assert summary["max_logit_difference"] < 1e-3
+    assert summary["hidden_size"]["after"] % 4 == 0
+    assert all(width["intermediate_size"] % 4 == 0 for width in summary["widths"])
+    loaded, _ = compresso.load(str(tmp_path / "run" / "model"))
+    assert count_prunable(loaded) == summary["prunable_parameters"]["after"]
+
+
+def test_repeating_a_recovery_gives_the_same_weights_and_going_further_does_not(finished, tmp_path):
+    before = load_file(finished / "model" / "model.safetensors")
+    compresso.recover(str(finished))
+    again = load_file(finished / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+    assert len(rows(finished, "recover")) == 4
+    compresso.recover(str(finished), further=True, recover_steps=2)
+    further = load_file(finished / "model" / "model.safetensors")
+    assert any(not torch.equal(further[name], tensor) for name, tensor in before.items())
+    assert len(rows(finished, "recover")) == 6
+
+
+def test_the_same_seed_gives_the_same_model(checkpoint, data, tmp_path):
+    weights = []
+    for name in "ab":
+        compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / name), **QUICK)
+        weights.append(load_file(tmp_path / name / "model" / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+
+
+def test_a_prompt_with_fields_travels_filled_in_and_is_used_by_chat(checkpoint, data, tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("You lost {sparsity} on the way to {target_sparsity}.")
+    settings = {**QUICK, "prompt": str(tmp_path / "mine.txt"), "steps": 4, "recover_steps": 1}
+    seen = []
+    original = compresso.workbench.batches
+
+    def watching(records, encoder, prompt, parts=1):
+        seen.append(prompt.system)
+        return original(records, encoder, prompt, parts)
+
+    monkeypatch.setattr("compresso.workbench.batches", watching)
+    summary = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)
+    assert len({text for text in seen if text.endswith("20.0%.")}) > 3  # it changed while the model shrank
+    stored = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["collaborative_prompt"]
+    assert stored["body"].strip() == f"You lost {100 * summary['sparsity']:.1f}% on the way to 20.0%."
+    assert stored["format"] == "chat"
+
+    asked = []
+    monkeypatch.setattr("compresso.chat.answer", lambda model, encoder, prompt, *rest: asked.append(prompt) or "yes")
+    assert chat(str(tmp_path / "run"), "hello") == "yes"
+    assert asked[0].body == stored["body"]
+    chat(str(tmp_path / "run"), "hello", prompt="none")
+    assert asked[1].body == ""
+
+
+def test_a_model_can_write_its_own_records(checkpoint, tmp_path):
+    settings = {**QUICK, "data": "self", "self_records": 12, "recover_steps": 0}
+    compresso.prune(model=str(checkpoint), output=str(tmp_path / "run"), **settings)
+    records = [json.loads(line) for line in (tmp_path / "run" / "self.jsonl").read_text().splitlines()]
+    assert len(records) == 12
+    assert all(record["instruction"] and record["output"] for record in records)
+
+
+def test_a_base_model_writes_texts(tokenizer, tmp_path):
+    folder = tmp_path / "base"
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    settings = {**QUICK, "data": "self", "self_records": 10, "recover_steps": 0}
+    summary = compresso.prune(model=str(folder), output=str(tmp_path / "run"), **settings)
+    assert "text" in json.loads((tmp_path / "run" / "self.jsonl").read_text().splitlines()[0])
+    assert summary["loss"]["dense"] > 0
+    stored = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["collaborative_prompt"]
+    assert stored["format"] == "alpaca"
+
+
+@pytest.mark.parametrize(("trouble", "step"), [("nan", 3), ("interrupt", 3)])
+def test_a_run_that_stops_keeps_its_last_good_state(checkpoint, data, tmp_path, monkeypatch, trouble, step):
+    original, calls = train.target_loss, []
+
+    def failing(model, batch):
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) > step:
+                if trouble == "interrupt":
+                    raise KeyboardInterrupt
+                return original(model, batch) * float("nan")
+        return original(model, batch)
+
+    monkeypatch.setattr("compresso.train.target_loss", failing)
+    with pytest.raises(Stopped, match="interrupted" if trouble == "interrupt" else "at step 4 the loss is nan"):
+        compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **QUICK)
+    kept = tmp_path / "run" / "stopped"
+    assert all(torch.isfinite(t).all() for t in load_file(kept / "adapter_model.safetensors").values())
+    assert set(load_file(kept / "log_alpha.safetensors")) == {"kv_group", "intermediate", "hidden"}
+    assert len(rows(tmp_path / "run", "prune")) == 3
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing_but_rounding(checkpoint, data, tmp_path):
+    weights = []
+    for name, extra in (("a", {}), ("b", {"accumulation": 2}), ("c", {"gradient_checkpointing": True})):
+        settings = {**QUICK, "steps": 3, "recover_steps": 0, "kept_gates": "binary", **extra}
+        compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / name), **settings)
+        weights.append(plan.load(tmp_path / name).gates)
+    for other in weights[1:]:
+        assert all(torch.equal(other[unit], g) for unit, g in weights[0].items())
+
+
+def test_merged_lora_equals_unmerged(token_ids):
+    model = tiny_model("qwen2")
+    wrapped = methods.add_lora(model, compresso.PruneConfig(), seed=0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        unmerged = wrapped(token_ids).logits
+        merged = methods.merge(wrapped)
+        torch.testing.assert_close(merged(token_ids).logits, unmerged, rtol=0, atol=1e-4)
+    assert type(merged) is type(tiny_model("qwen2"))
+
+
+def test_soft_gates_survive_saving(checkpoint, data, tmp_path):
+    settings = {**QUICK, "kept_gates": "soft"}
+    summary = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)
+    gates = plan.load(tmp_path / "run").gates
+    assert ((gates["intermediate"] > 0) & (gates["intermediate"] < 1)).any()
+    assert set(gates["hidden"].tolist()) <= {0.0, 1.0}
+    assert summary["max_logit_difference"] < 1e-3
+
+
+def test_config_yaml_reproduces_the_run(finished):
+    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    assert compresso.PruneConfig(**settings).target_sparsity == 0.3
+
+
+def test_planted_structure_is_found():
+    """Channels that write nothing are the ones removed; the model was taught to need the others."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", num_hidden_layers=2)
+    ids = torch.arange(3, 60).repeat(4, 1).roll(7, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    planted = torch.zeros(2, 48, dtype=torch.bool)
+    planted[:, ::3] = True
+    with torch.no_grad():
+        for layer, dead in zip(model.model.layers, planted, strict=True):
+            layer.mlp.down_proj.weight[:, dead] = 0
+    for _ in range(100):  # heal, without letting the planted channels back in
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for layer, dead in zip(model.model.layers, planted, strict=True):
+                layer.mlp.down_proj.weight[:, dead] = 0
+    model.requires_grad_(False)
+    shape = describe(model)
+    target = planted.sum().item() * 3 * 32 / count_prunable(model) * 0.9
+    masks = Masks(shape, {"intermediate": 2.0})
+    lagrangian = train.Lagrangian(make_schedule(150, 0.0, 0.4, target, "linear"), masks)
+    gates = Gates(model, shape)
+    optimizer, noise = torch.optim.Adam(masks.parameters(), lr=0.1), torch.Generator().manual_seed(0)
+    for step in range(150):
+        gates.set(masks.sample(noise))
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        lagrangian.step(masks, step)
+    found = plan.select(shape, {"intermediate": masks.log_alpha["intermediate"].detach()}, target)
+    removed = found.gates["intermediate"] == 0
+    assert float(planted.flatten()[removed].float().mean()) > 0.9

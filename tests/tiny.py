@@ -1,0 +1,56 @@
+"""Tiny random models of every family, and random plans for them."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from compresso.plan import Plan
+from compresso.shape import describe
+
+
+def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
+    """Three layers, four query heads in two groups, float32; norms and biases are not at their defaults."""
+    special = {
+        "qwen2": {"tie_word_embeddings": True},
+        "qwen3": {"tie_word_embeddings": True},
+        "mistral": {"sliding_window": None},
+    }
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-3,  # large, so that forgetting to rescale it shows
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **special.get(model_type, {}),
+        **settings,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def random_plan(model: PreTrainedModel, keep: float = 0.6, seed: int = 0, soft: bool = False) -> Plan:
+    """A plan that keeps about this share of every unit, at 1 or at a random scale."""
+    shape = describe(model)
+    generator = torch.Generator().manual_seed(seed)
+    gates = {}
+    for unit, g in shape.open_gates().items():
+        u = torch.rand(g.shape, generator=generator, dtype=torch.float64)
+        on = (u < (0.8 if unit in ("attention", "mlp") else keep)).double()
+        on[int(u.argmin())] = 1
+        if soft and unit != "hidden":
+            on *= 0.2 + 0.8 * torch.rand(g.shape, generator=generator, dtype=torch.float64)
+        gates[unit] = on
+    return Plan(shape, gates)
