@@ -45,7 +45,16 @@ def rows(folder, stage):
 
 
 def test_a_run_folder_holds_what_it_promises(finished, checkpoint):
-    for name in ("config.yaml", "env.json", "metrics.jsonl", "plan.safetensors", "plan.json", "summary.json", "cut", "model"):
+    for name in (
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "plan.safetensors",
+        "plan.json",
+        "summary.json",
+        "cut",
+        "model",
+    ):
         assert (finished / name).exists(), name
     summary = json.loads((finished / "summary.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -82,10 +91,11 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 AutoModel.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = tokenizer("the quick", return_tensors="pt").input_ids
-print(type(model).__name__, model.generate(ids, max_new_tokens=5, eos_token_id=None, pad_token_id=0).shape[1] - ids.shape[1])
+out = model.generate(ids, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
+print(type(model).__name__, out.shape[1] - ids.shape[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["LlamaPerLayerForCausalLM", "5"], done.stderr
+    assert done.stdout.split()[-2:] == ["LlamaPerLayerForCausalLM", "5"], done.stderr
 
 
 def test_equal_widths_load_as_a_stock_class_in_a_stock_process(checkpoint, data, tmp_path):
@@ -101,7 +111,7 @@ model = AutoModelForCausalLM.from_pretrained({str(folder / "model")!r})
 print(type(model).__name__, model.config.hidden_size)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["LlamaForCausalLM", "24"], done.stderr
+    assert done.stdout.split()[-2:] == ["LlamaForCausalLM", "24"], done.stderr
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -147,7 +157,7 @@ def test_the_same_seed_gives_the_same_model(checkpoint, data, tmp_path):
 
 def test_a_prompt_with_fields_travels_filled_in_and_is_used_by_chat(checkpoint, data, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("You lost {sparsity} on the way to {target_sparsity}.")
-    settings = {**QUICK, "prompt": str(tmp_path / "mine.txt"), "steps": 4, "recover_steps": 1}
+    settings = {**QUICK, "prompt": str(tmp_path / "mine.txt"), "steps": 8, "recover_steps": 1}
     seen = []
     original = compresso.workbench.batches
 
@@ -215,13 +225,13 @@ def test_a_run_that_stops_keeps_its_last_good_state(checkpoint, data, tmp_path, 
 
 
 def test_gradient_checkpointing_and_accumulation_change_nothing_but_rounding(checkpoint, data, tmp_path):
-    weights = []
+    losses = []
     for name, extra in (("a", {}), ("b", {"accumulation": 2}), ("c", {"gradient_checkpointing": True})):
-        settings = {**QUICK, "steps": 3, "recover_steps": 0, "kept_gates": "binary", **extra}
+        settings = {**QUICK, "steps": 6, "recover_steps": 2, **extra}
         compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / name), **settings)
-        weights.append(plan.load(tmp_path / name).gates)
-    for other in weights[1:]:
-        assert all(torch.equal(other[unit], g) for unit, g in weights[0].items())
+        losses.append([row["loss"] for stage in ("prune", "recover") for row in rows(tmp_path / name, stage)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_merged_lora_equals_unmerged(token_ids):

@@ -117,12 +117,15 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     where, name = str(path.parent), path.name
     try:
         config = AutoConfig.from_pretrained(where, gguf_file=name)
-        family_of(config.model_type)
+    except Exception as error:  # the parser meets a torn file with whatever numpy or struct raise
+        raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
+    family_of(config.model_type)
+    try:
         raw = AutoModelForCausalLM.from_pretrained(
             where, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    except (OSError, KeyError, TypeError, RuntimeError, IndexError, UnicodeDecodeError) as error:
+    except Exception as error:
         raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
     settings = {k: v for k, v in raw.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     settings["rms_norm_eps"] = float(f"{raw.config.rms_norm_eps:.6g}")  # GGUF keeps it in float32

@@ -1,6 +1,8 @@
 """The command line: parse, build the config, call one function, turn errors into messages."""
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -43,6 +45,13 @@ Ask a model, with the collaborative prompt that it carries.
 Run = Annotated[str, tyro.conf.Positional]
 
 
+class _Flags(PruneConfig):
+    """The settings before they are checked, so that the parser does not print our messages in its own way."""
+
+    def __post_init__(self):
+        pass
+
+
 def _prune(args: list[str]) -> None:
     settings: dict = {}
     args, path = _take(args, "--config", True)
@@ -50,9 +59,9 @@ def _prune(args: list[str]) -> None:
         settings = read_yaml(path)
     args, printing = _take(args, "--print-config", False)
     listed = _listed(args, ("--units", "--lora-targets"))
-    config = tyro.cli(
-        PruneConfig, args=listed, default=PruneConfig(**settings), prog="compresso prune", description=PRUNE
-    )
+    default = _Flags(**vars(PruneConfig(**settings)))
+    flags = tyro.cli(_Flags, args=listed, default=default, prog="compresso prune", description=PRUNE)
+    config = PruneConfig(**vars(flags))
     if printing is not None:
         sys.stdout.write(config.to_yaml())
         return
@@ -149,6 +158,8 @@ def _listed(args: list[str], flags: tuple[str, ...]) -> list[str]:
 def main(args: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code (0 done, 2 a user's mistake, 1 ours, 130 stopped)."""
     args = sys.argv[1:] if args is None else args
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could act on
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would break ours
     errors = Console(stderr=True)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(OVERVIEW + "\n")
@@ -159,6 +170,9 @@ def main(args: list[str] | None = None) -> int:
                 f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}; commands are {', '.join(COMMANDS)}"
             )
         COMMANDS[args[0]](args[1:])
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2

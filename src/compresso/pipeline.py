@@ -34,7 +34,7 @@ from compresso.self_data import write_records
 from compresso.shape import ModelShape, count_prunable, describe, prunable_parameters
 from compresso.summary import show
 from compresso.train import fit
-from compresso.workbench import Workbench, compute_dtype, console, progress_bar
+from compresso.workbench import Workbench, compute_dtype, console, progress_bar, release_memory
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 RELATIVE_TOLERANCE = 1e-4  # of the largest logit, in float32: what reordered sums may differ by
@@ -62,6 +62,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
         checkpoint.cast(smaller, dtype)
         speed = speeds({"before": model, "after": smaller})
     bench.model = model = smaller  # the dense weights are not needed any more
+    release_memory()
     cut = _score(bench, smaller, plan.sparsity)
     summary: dict[str, Any] = {
         "model": config.model,
@@ -296,11 +297,12 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     rows = fit(
         bench.accelerator,
         inside(wrapped),
-        bench.batches(config.seed + 1, plan.sparsity),
+        bench.batches(config.seed + 1),
         steps=config.recover_steps,
         learning_rate=config.learning_rate,
         clip=config.clip,
         seed=config.seed + 1,
+        sparsity=plan.sparsity,
     )
     with bench.keeping(wrapped, None):
         bench.follow("recover", rows, config.recover_steps)

@@ -22,7 +22,7 @@ from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
 
-LOGITS_AT_ONCE = 2**25  # entries of float32 logits that exist at a time: 128 MiB
+LOGITS_AT_ONCE = 2**24  # entries of float32 logits that exist at a time: 64 MiB
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 NOISE_SEED = 1_000_003  # keeps the gates' noise apart from the seeds of the data
 
@@ -49,6 +49,8 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     family = family_of(model.config.model_type)
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
+    if decoder.gradient_checkpointing and decoder.training:
+        batch = batch.unshared()  # transformers drops the cache while it recomputes activations
     rows, length = batch.ids.shape
     cache = None
     if len(batch.prefix):
@@ -84,18 +86,19 @@ def gate_learning_rate(steps: int) -> float:
 def fit(
     accelerator: Accelerator,
     model: PreTrainedModel,
-    next_batches: Callable[[dict[str, float]], list[Batch]],
+    next_batches: Callable[[float], list[Batch]],
     *,
     steps: int,
     learning_rate: float,
     clip: float,
     seed: int,
     pruning: Pruning | None = None,
+    sparsity: float = 0.0,
 ) -> Iterator[dict[str, float | str | int]]:
     """Train the parameters that require grad, and the masks, for `steps` optimizer steps.
 
-    `next_batches` gets the state of the constraint (for prompts that show it) and returns
-    the parts of one global batch. Raises Diverged before a step with a loss or gradient
+    `next_batches` gets the sparsity so far (for prompts that show it; `sparsity` at the
+    start) and returns the parts of one global batch. Raises Diverged before a step with a loss or gradient
     that is not finite is applied.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -103,7 +106,7 @@ def fit(
     model, optimizer = accelerator.prepare(model, optimizer)
     noise = torch.Generator().manual_seed(seed * NOISE_SEED)
     gate_optimizer = torch.optim.Adam(pruning.masks.parameters(), lr=pruning.learning_rate) if pruning else None
-    state: dict[str, float] = {"sparsity": 0.0, "target_sparsity": 0.0}
+    target = 0.0
     model.train()
     for step in range(steps):
         began = time.perf_counter()
@@ -113,7 +116,7 @@ def fit(
             pruning.gates.set(pruning.masks.sample(noise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
-        parts = next_batches(state)
+        parts = next_batches(sparsity)
         targets = max(sum(part.targets for part in parts), 1)
         total = 0.0
         for i, part in enumerate(parts):
@@ -129,23 +132,17 @@ def fit(
         optimizer.zero_grad()
         row: dict[str, float | str | int] = {"step": step + 1, "phase": phase, "loss": total}
         if pruning and gate_optimizer and gating:
-            _gate_step(pruning, gate_optimizer, step, state)
+            gate_optimizer.step()
+            gate_optimizer.zero_grad()
+            pruning.masks.clamp()
+            sparsity, target = pruning.lagrangian.step(pruning.masks, step)
         if pruning:
-            row |= {"expected_sparsity": state["sparsity"], "target_sparsity": state["target_sparsity"]}
-            row["lambda_1"] = pruning.lagrangian.lambda_1
+            row |= {"expected_sparsity": sparsity, "target_sparsity": target, "lambda_1": pruning.lagrangian.lambda_1}
         seconds = time.perf_counter() - began
         row |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_norm": norm}
         row |= {"tokens": sum(part.tokens for part in parts), "seconds": seconds}
         yield row
     model.eval()
-
-
-def _gate_step(pruning: Pruning, optimizer: torch.optim.Optimizer, step: int, state: dict[str, float]) -> None:
-    """Let the task move the gates, then the constraint."""
-    optimizer.step()
-    optimizer.zero_grad()
-    pruning.masks.clamp()
-    state["sparsity"], state["target_sparsity"] = pruning.lagrangian.step(pruning.masks, step)
 
 
 def _rate(step: int, steps: int) -> float:

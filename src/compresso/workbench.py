@@ -1,9 +1,11 @@
 """What every step of a run has at hand: settings, model, records, prompt, device, and where rows of metrics go."""
 
+import ctypes
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,19 +52,19 @@ class Workbench:
     facts: dict[str, Any] = field(default_factory=dict)
     """What steps leave for the summary."""
 
-    def prompt_at(self, sparsity: float, target: float | None = None) -> CollaborativePrompt:
+    def prompt_at(self, sparsity: float) -> CollaborativePrompt:
         """The prompt with the state of the run filled in."""
-        target = self.config.target_sparsity if target is None else target
+        target = self.config.target_sparsity
         left = self.parameters - sparsity * self.prunable
         return self.prompt.filled(sparsity=sparsity, target_sparsity=target, parameters=left)
 
-    def batches(self, seed: int, sparsity: float = 0.0) -> Callable[[dict[str, float]], list[Batch]]:
-        """A function that gives the parts of the next global batch."""
+    def batches(self, seed: int) -> Callable[[float], list[Batch]]:
+        """A function of the sparsity so far that gives the parts of the next global batch."""
         size = self.config.batch_size
         groups = similar_lengths(stream(self.sources, seed), size, POOL, seed)
 
-        def next_batches(state: dict[str, float]) -> list[Batch]:
-            prompt = self.prompt_at(state["sparsity"] or sparsity, state["target_sparsity"] or None)
+        def next_batches(sparsity: float) -> list[Batch]:
+            prompt = self.prompt_at(sparsity)
             return batches(next(groups), self.encoder, prompt, self.config.accumulation)
 
         return next_batches
@@ -89,6 +91,8 @@ class Workbench:
                         f"{stage} [{row['phase']}] step {row['step']}/{steps}  {_note(row, rate)}", markup=False
                     )
 
+        release_memory()
+
     @contextmanager
     def keeping(self, wrapped: PeftModel, masks: Masks | None) -> Iterator[None]:
         """If training stops inside, save adapters and gates of the last good step, and raise Stopped."""
@@ -114,6 +118,15 @@ def _note(row: dict, rate: float) -> str:
     if "expected_sparsity" in row:
         note += f"  sparsity {100 * row['expected_sparsity']:.1f}% of {100 * row['target_sparsity']:.1f}%"
     return f"{note}  {rate:,.0f} tokens/s"
+
+
+def release_memory() -> None:
+    """Give freed memory back: glibc keeps what a stage's tensors left, and the next stage's do not fit into it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def progress_bar() -> Progress:
