@@ -105,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_used(say, checkpoint, tmp_path, what, messa
         (["--data", "none.jsonl"], "no data file none.jsonl"),
         (["--text", "none.txt"], "no text file none.txt"),
         (["--device", "tpu"], "--device must be"),
-        (["--lora-targets", "nothing_proj"], "nothing_proj"),
+        (["--lora-targets", "query_proj"], "no matrix is called 'query_proj'"),
         (["--config", "none.yaml"], "no config file none.yaml"),
         (["--learning-rate", "-1"], "learning_rate must be above 0"),
     ],
@@ -115,7 +115,7 @@ def test_a_setting_that_cannot_be_met(say, tmp_path, flags, message):
     assert code == 2
     assert message in said
     assert "Traceback" not in said
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_prompt_longer_than_the_context(say, tokenizer, tmp_path):

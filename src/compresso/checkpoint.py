@@ -74,6 +74,8 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"; it holds {ggufs[0].name}, pass that file" if ggufs else ""
+        if (folder / "model" / "config.json").is_file():
+            hint = f"; it is a run folder, pass {folder / 'model'}"
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -225,7 +227,7 @@ def model_card(model: PreTrainedModel, base: str, prompt: CollaborativePrompt, f
 library_name: transformers
 tags: [pruned, compresso]
 ---
-# {Path(base).name} pruned by Compresso
+# {demo.MODEL_NAME if base == "demo" else Path(base).name} pruned by Compresso
 
 {listed}
 

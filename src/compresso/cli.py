@@ -177,7 +177,7 @@ def main(args: list[str] | None = None) -> int:
         errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        errors.print("compresso: interrupted before training; nothing is lost")
+        errors.print("compresso: interrupted; what the run folder holds so far is kept")
         return 130
     except RuntimeError as error:
         from compresso.workbench import Stopped

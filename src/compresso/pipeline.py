@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compresso import checkpoint, demo
 from compresso import plan as plans
 from compresso.batches import Encoder
-from compresso.config import PruneConfig, read_yaml
+from compresso.config import PruneConfig, nearest, read_yaml
 from compresso.evaluate import answer, mean_loss, speeds, text_windows
 from compresso.extract import extract
 from compresso.masks import gated
 from compresso.methods import METHODS, add_lora, inside, merge
 from compresso.plan import Plan
 from compresso.prompts import find_prompt
-from compresso.records import hold_out, read_sources
+from compresso.records import Source, hold_out, read_sources
 from compresso.self_data import write_records
 from compresso.shape import ModelShape, count_prunable, describe, prunable_parameters
 from compresso.summary import show
@@ -49,7 +50,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     """
     config = replace(config, **settings) if config else PruneConfig(**settings)
     began = time.perf_counter()
-    bench = _prepare(config)
+    bench = prepare(config)
     dense = _score(bench, bench.model, 0.0)
     dense["bytes"] = sum(p.numel() for p in bench.model.parameters()) * bench.facts["stored_dtype"].itemsize
     shape = describe(bench.model)
@@ -87,6 +88,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
         "versions": _versions(),
     }
     _save_checked(bench, smaller, bench.folder / "cut", summary)
+    _write(summary, bench.folder)  # so that a recovery that stops can be repeated
     if config.recover_steps:
         smaller = _recover(bench, smaller, plan, summary)
         _save_checked(bench, smaller, bench.folder / "model", summary)
@@ -94,7 +96,6 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
         shutil.copytree(bench.folder / "cut", bench.folder / "model", dirs_exist_ok=True)
         for key in ("loss", "perplexity", "sample"):
             summary[key]["recovered"] = summary[key]["cut"]
-    summary["bytes"]["after"] = checkpoint.weight_bytes(bench.folder / "model")
     summary["seconds"] = time.perf_counter() - began
     return _finish(bench, summary)
 
@@ -116,7 +117,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
         raise ValueError("--recover-steps is 0: there is nothing to do")
     summary = json.loads((folder / "summary.json").read_text())
     plan = plans.load(folder)
-    bench = _prepare(config, start=folder / ("model" if further else "cut"))
+    bench = prepare(config, start=folder / ("model" if further else "cut"))
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     if not further:
         _drop_recovery(folder / "metrics.jsonl")
@@ -126,7 +127,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     return _finish(bench, summary)
 
 
-def _prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
+def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     """Load and check everything, then make the run folder. With `start`, the folder is there already."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -151,28 +152,25 @@ def _prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     context = getattr(model.config, "max_position_embeddings", None)
     encoder = Encoder(tokenizer, config.max_length, context)
     encoder.room(prompt)
-    with _status("reading records"):
-        sources = [] if config.data == "self" else _sources(config)
+    _check_lora_targets(config, model)
     text = _text(config)
-    if start is None:
-        if config.overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        (folder / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
     if config.data == "self":
-        path = folder / "self.jsonl"
-        if not path.exists():
-            with progress_bar() as bar:
-                task = bar.add_task("the model writes records", total=config.self_records, note="")
-                write_records(model, encoder, config.self_records, config.seed, path, lambda n: bar.advance(task, n))
-        sources = read_sources(str(path))
+        if start is None:
+            _make_folder(config, accelerator)
+        sources = _own_records(config, model, encoder)
+    else:
+        with _status("reading records"):
+            sources = [demo.records()] if config.data == "demo" else read_sources(config.data)
     for source in sources:
         if source.report():
             console.print(source.report(), markup=False)
     sources, held_out = hold_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, context)
+    if start is None and config.data != "self":
+        _make_folder(config, accelerator)
+    if config.tracker != "none":
+        accelerator.init_trackers("compresso")
     parameters = sum(p.numel() for p in model.parameters())
     return Workbench(
         config,
@@ -199,8 +197,6 @@ def _accelerator(config: PruneConfig) -> Accelerator:
     log_with = None if config.tracker == "none" else config.tracker
     try:
         accelerator = Accelerator(cpu=config.device == "cpu", log_with=log_with, project_dir=config.output)
-        if log_with:
-            accelerator.init_trackers("compresso")
     except (ImportError, ValueError) as error:
         raise ValueError(f"--tracker {config.tracker}: {error}") from error
     if accelerator.num_processes > 1:
@@ -208,14 +204,42 @@ def _accelerator(config: PruneConfig) -> Accelerator:
     return accelerator
 
 
+def _make_folder(config: PruneConfig, accelerator: Accelerator) -> None:
+    """From here on the run leaves traces; all that can be wrong with its input has been checked."""
+    folder = Path(config.output)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
+
+
+def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) -> list[Source]:
+    """Records that the model writes, once a run."""
+    path = Path(config.output) / "self.jsonl"
+    if not path.exists():
+        partial = path.with_name("self.jsonl.partial")
+        with progress_bar() as bar:
+            task = bar.add_task("the model writes records", total=config.self_records, note="")
+            write_records(model, encoder, config.self_records, config.seed, partial, lambda n: bar.advance(task, n))
+        partial.rename(path)
+    return read_sources(str(path))
+
+
+def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
+    known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in config.lora_targets:
+        if target not in {*known, "all-linear"}:
+            raise ValueError(
+                f"no matrix is called {target!r}{nearest(target, known)}; --lora-targets may name "
+                f"{', '.join(sorted(known))}"
+            )
+
+
 def _check_target(config: PruneConfig, shape: ModelShape) -> None:
     """Let the plan's own rules speak before hours of training, on made-up scores."""
     scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.units}
     plans.select(shape, scores, config.target_sparsity, config.round_to)
-
-
-def _sources(config: PruneConfig) -> list:
-    return [demo.records()] if config.data == "demo" else read_sources(config.data)
 
 
 def _text(config: PruneConfig) -> str | None:
@@ -316,13 +340,18 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
 
 
 def _finish(bench: Workbench, summary: dict[str, Any]) -> dict[str, Any]:
+    summary["bytes"]["after"] = checkpoint.weight_bytes(bench.folder / "model")
     summary["peak_memory_bytes"] = _peak_memory(bench.accelerator.device)
-    partial = bench.folder / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.rename(bench.folder / "summary.json")
+    _write(summary, bench.folder)
     bench.accelerator.end_training()
     show(summary, bench.folder, console)
     return summary
+
+
+def _write(summary: dict[str, Any], folder: Path) -> None:
+    partial = folder / "summary.json.partial"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    partial.rename(folder / "summary.json")
 
 
 def _drop_recovery(metrics: Path) -> None:

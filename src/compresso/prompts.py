@@ -71,7 +71,6 @@ RAW_TEXT_TAIL = (
 )
 
 NAMES = (*BODIES, "none")
-FIELDS = ("sparsity", "target_sparsity", "parameters")
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,6 @@ class CollaborativePrompt:
     """Empty for `none`."""
     format: str
     """`alpaca`: the paper's templates. `chat`: the system turn of the tokenizer's chat template."""
-
-    @property
-    def changes(self) -> bool:
-        """Whether the text depends on the state of the run."""
-        return any("{" + field + "}" in self.body for field in FIELDS)
 
     def filled(self, **values: float) -> "CollaborativePrompt":
         """The prompt with its fields replaced; sparsities are shown in percent, parameters in millions."""

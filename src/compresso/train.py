@@ -126,7 +126,7 @@ def fit(
                 accelerator.backward(loss, retain_graph=gating and i + 1 < len(parts))
             total += float(loss.detach())
         norm = float(accelerator.clip_grad_norm_(trainable, clip))
-        if not math.isfinite(total) or not math.isfinite(norm):
+        if not (math.isfinite(total) and math.isfinite(norm) and _finite_gradients(pruning)):
             raise Diverged(f"at step {step + 1} the loss is {total} and the gradient's norm {norm}")
         optimizer.step()
         optimizer.zero_grad()
@@ -143,6 +143,11 @@ def fit(
         row |= {"tokens": sum(part.tokens for part in parts), "seconds": seconds}
         yield row
     model.eval()
+
+
+def _finite_gradients(pruning: Pruning | None) -> bool:
+    parameters = pruning.masks.parameters() if pruning else ()
+    return all(bool(torch.isfinite(a.grad).all()) for a in parameters if a.grad is not None)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -26,6 +26,7 @@ from compresso.records import Record, Source, similar_lengths, stream
 from compresso.train import Diverged
 
 console = Console()
+RELEASE_EVERY = 8  # steps
 POOL = 16  # batches that are sorted by length together
 STOPPED = "stopped"  # folder in a run: adapters and gates of a run that did not finish
 
@@ -84,6 +85,8 @@ class Workbench:
                 metrics.write(json.dumps({"stage": stage, **row}) + "\n")
                 metrics.flush()
                 self.accelerator.log({f"{stage}/{k}": v for k, v in row.items() if not isinstance(v, str)})
+                if row["step"] % RELEASE_EVERY == 0:
+                    release_memory()
                 rate = tokens / (time.perf_counter() - began)
                 bar.update(task, advance=1, description=f"{stage} [{row['phase']}]", note=_note(row, rate))
                 if not console.is_terminal and row["step"] % max(1, steps // 10) == 0:
@@ -105,12 +108,12 @@ class Workbench:
                 save_file({unit: a.detach() for unit, a in masks.log_alpha.items()}, kept / "log_alpha.safetensors")
             parts = "adapters and gates" if masks else "adapters"
             what = f"The {parts} of the last good step are in {kept}, the metrics beside it."
+            if masks is None:
+                what += f" The cut model is whole; `compresso recover {self.folder}` repeats its recovery."
             if isinstance(error, KeyboardInterrupt):
                 raise Stopped(f"interrupted. {what}") from None
-            raise Stopped(
-                f"{error}. {what} Lower --learning-rate"
-                f"{' or --gate-learning-rate' if masks else ''}, or use --precision fp32"
-            ) from error
+            advice = "Lower --learning-rate or --gate-learning-rate, or use --precision fp32"
+            raise Stopped(f"{error}. {what} {advice}") from error
 
 
 def _note(row: dict, rate: float) -> str:
@@ -149,7 +152,8 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+            probe = getattr(torch.cpu, "get_capabilities", dict)  # younger than the oldest torch that we take
+            capabilities = probe() if device.type == "cpu" else {}
             native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
         precision = "bf16" if native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32

