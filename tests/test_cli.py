@@ -164,6 +164,11 @@ def test_an_output_that_exists_is_not_touched_without_overwrite(say, tmp_path):
     [
         ("target_sparsty: 0.3", "unknown setting 'target_sparsty' (did you mean 'target_sparsity'?)"),
         ("target_sparsity: much", "target_sparsity must be a float, got 'much'"),
+        ("data: 5", "data must be a str, got 5"),
+        ("units: 5", "units must be a list, got 5"),
+        ("units: [1]", "unknown unit '1'"),
+        ("steps: 1.5", "steps must be a int, got 1.5"),
+        ("gate_learning_rate: fast", "gate_learning_rate must be a float, got 'fast'"),
         ("- 1", "must hold settings"),
         ("a: [", "not valid YAML"),
         ("schedule: exponential", "schedule must be one of linear, cubic"),

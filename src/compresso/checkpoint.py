@@ -1,8 +1,10 @@
 """Checkpoints in and out: stock Hugging Face folders, hub ids and GGUF files; never pickles, never remote code."""
 
 import copy
+import io
 import json
 import shutil
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,9 +52,7 @@ def load(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the weights of {model} cannot be loaded: {_first_line(error)}") from error
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        lacking = sorted(info["missing_keys"]) or sorted(key[0] for key in info["mismatched_keys"])
-        raise ValueError(f"{model} lacks weights that its config asks for, the first is {lacking[0]}")
+    _refuse_incomplete(model, info)
     return loaded.eval(), _load_tokenizer(model)
 
 
@@ -103,6 +103,13 @@ def _refuse_quantised(model: str, config: transformers.PreTrainedConfig) -> None
         )
 
 
+def _refuse_incomplete(model: str, info: dict) -> None:
+    """transformers fills what is missing with random numbers."""
+    lacking = sorted(info["missing_keys"]) or sorted(key[0] for key in info.get("mismatched_keys", ()))
+    if lacking:
+        raise ValueError(f"{model} lacks weights that its config asks for, the first is {lacking[0]}")
+
+
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file into a stock model, stored as bfloat16 unless `dtype` says otherwise."""
     if not path.is_file():
@@ -111,25 +118,39 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
     try:
-        import gguf  # noqa: F401
+        from gguf import GGUFReader
     except ImportError:
         raise ValueError("reading .gguf needs the package gguf: pip install 'compresso-llm[gguf]'") from None
     from transformers import GgufConfig
 
     where, name = str(path.parent), path.name
     try:
+        reader = GGUFReader(path)
         config = AutoConfig.from_pretrained(where, gguf_file=name)
     except Exception as error:  # the parser meets a torn file with whatever numpy or struct raise
         raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
     family_of(config.model_type)
-    try:
-        raw = AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    scaled = [key for key in reader.fields if ".rope.scaling." in key]
+    if scaled or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise ValueError(
+            f"{path} scales its rotary positions ({scaled[0] if scaled else 'rope_freqs.weight'}), which transformers "
+            "drops when it reads GGUF; use the safetensors checkpoint of this model"
         )
+    try:
+        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            raw, info = AutoModelForCausalLM.from_pretrained(
+                where,
+                gguf_file=name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
-    settings = {k: v for k, v in raw.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    _refuse_incomplete(str(path), info)
+    dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    settings = {key: value for key, value in raw.config.to_dict().items() if key not in dropped}
     settings["rms_norm_eps"] = float(f"{raw.config.rms_norm_eps:.6g}")  # GGUF keeps it in float32
     clean = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(clean)]

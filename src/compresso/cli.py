@@ -159,7 +159,6 @@ def main(args: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code (0 done, 2 a user's mistake, 1 ours, 130 stopped)."""
     args = sys.argv[1:] if args is None else args
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could act on
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would break ours
     errors = Console(stderr=True)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(OVERVIEW + "\n")

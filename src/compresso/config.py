@@ -5,6 +5,8 @@ Everything that can be checked without a model or data is checked here and nowhe
 
 import difflib
 import math
+import types
+import typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,8 @@ from typing import Any, Literal
 import yaml
 
 from compresso.shape import UNITS
+
+GPT4_ALPACA = "vicgalle/alpaca-gpt4"  # 52k records, the paper's data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +40,10 @@ class PruneConfig:
     kept_gates: Literal["auto", "soft", "binary"] = "auto"
     """Value of kept gates: soft values folded into weights, 1, or whichever measures better."""
 
-    data: str = "demo"
+    data: str | None = None
     """Records: .json, .jsonl, .csv or .parquet files or hub ids, comma-separated, each with an optional
-    weight (a.jsonl:0.7,b.jsonl:0.3); `self` lets the model write them; `demo` fetches them from PyPI."""
+    weight (a.jsonl:0.7,b.jsonl:0.3); `self` lets the model write them; `demo` fetches them from PyPI.
+    Without it: GPT4-Alpaca from the hub, for `--model demo` the demo's."""
     text: str | None = None
     """Text file for the perplexity; without it, held-out text of the demo or held-out records."""
     max_length: int = 256
@@ -103,7 +108,9 @@ class PruneConfig:
         for name in ("units", "lora_targets"):
             value = getattr(self, name)
             parts = value.split(",") if isinstance(value, str) else value
-            object.__setattr__(self, name, tuple(part.strip() for part in parts))
+            if not isinstance(parts, (list, tuple)):
+                raise ValueError(f"{name} must be a list, got {value!r}")
+            object.__setattr__(self, name, tuple(str(part).strip() for part in parts))
         self._check_types()
         if not 0 < self.target_sparsity < 1:
             raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
@@ -147,10 +154,17 @@ class PruneConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+            kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+            if float in kinds and type(value) is int:
                 object.__setattr__(self, field.name, float(value))
-            elif field.type in (int, float, str, bool) and type(value) is not field.type:
-                raise ValueError(f"{field.name} must be a {field.type.__name__}, got {value!r}")
+            elif {int, float, str, bool} & set(kinds) and type(value) not in kinds:
+                names = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
+                raise ValueError(f"{field.name} must be a {names}, got {value!r}")
+
+    @property
+    def records(self) -> str:
+        """`data`, or what stands in for it."""
+        return self.data or ("demo" if self.model == "demo" else GPT4_ALPACA)
 
     def to_yaml(self) -> str:
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -38,7 +38,7 @@ from compresso.train import fit
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, release_memory
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-RELATIVE_TOLERANCE = 1e-4  # of the largest logit, in float32: what reordered sums may differ by
+RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 
 
 def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -154,20 +154,20 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     encoder.room(prompt)
     _check_lora_targets(config, model)
     text = _text(config)
-    if config.data == "self":
+    if config.records == "self":
         if start is None:
             _make_folder(config, accelerator)
         sources = _own_records(config, model, encoder)
     else:
         with _status("reading records"):
-            sources = [demo.records()] if config.data == "demo" else read_sources(config.data)
+            sources = [demo.records()] if config.records == "demo" else read_sources(config.records)
     for source in sources:
         if source.report():
             console.print(source.report(), markup=False)
     sources, held_out = hold_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, context)
-    if start is None and config.data != "self":
+    if start is None and config.records != "self":
         _make_folder(config, accelerator)
     if config.tracker != "none":
         accelerator.init_trackers("compresso")
@@ -244,7 +244,7 @@ def _check_target(config: PruneConfig, shape: ModelShape) -> None:
 
 def _text(config: PruneConfig) -> str | None:
     if config.text is None:
-        return demo.text() if config.data == "demo" else None
+        return demo.text() if config.records == "demo" else None
     path = Path(config.text)
     if not path.is_file():
         raise FileNotFoundError(f"no text file {path} (--text)")

@@ -153,7 +153,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             probe = getattr(torch.cpu, "get_capabilities", dict)  # younger than the oldest torch that we take
-            capabilities = probe() if device.type == "cpu" else {}
+            capabilities: dict[str, Any] = probe() if device.type == "cpu" else {}
             native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
         precision = "bf16" if native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
