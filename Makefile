@@ -1,15 +1,16 @@
 VENV := .venv
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 .PHONY: setup test lint demo clean
 
 setup: $(VENV)/installed
 
-# torch first and by its exact release: a bare `torch` brings gigabytes of CUDA to machines without a GPU
+# torch first, in the release that the tests ran with; `make setup TORCH=...` takes another build
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 

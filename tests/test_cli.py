@@ -1,6 +1,7 @@
 """What users type wrong: the exit code, the message, and that nothing is left behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -34,8 +35,6 @@ def say(capsys, monkeypatch, checkpoint, data, tmp_path):
 
 def broken(folder, what, source):
     """A copy of a checkpoint with one thing wrong."""
-    import shutil
-
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
     match what:
@@ -144,19 +143,31 @@ def test_a_file_that_is_no_gguf(say, tmp_path):
     assert "cannot be read as GGUF" in said
 
 
-def test_an_output_that_exists_is_not_touched_without_overwrite(say, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    code, said = say()
-    assert code == 2
-    assert "--overwrite to replace it" in said
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-    code, _ = say("--overwrite", "--target-sparsity", "5")
-    assert code == 2
-    assert (tmp_path / "out" / "mine.txt").exists(), "a bad setting must not cost the old run"
+def test_an_output_that_exists_is_not_touched_without_overwrite(say, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    for flags, message in (
+        ((), "--overwrite to replace it"),
+        (("--overwrite",), "is not a run folder (config.yaml and env.json are missing)"),
+    ):
+        code, said = say(*flags)
+        assert code == 2
+        assert message in said
+    (out / "config.yaml").touch()
+    (out / "env.json").touch()
+    shutil.copytree(checkpoint, out / "model")
+    for flags, message in (
+        (("--overwrite", "--target-sparsity", "5"), "must lie in (0, 1)"),
+        (("--overwrite", "--model", str(out / "model")), "which --overwrite would replace"),
+    ):
+        code, said = say(*flags)
+        assert code == 2
+        assert message in said
+        assert (out / "mine.txt").read_text() == "mine"
     code, _ = say("--overwrite")
     assert code == 0
-    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert not (out / "mine.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from compresso.train import fit
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, release_memory
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+RUN_MARKS = ("config.yaml", "env.json")
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 
 
@@ -132,10 +133,8 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = Path(config.output)
-    if start is None and folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file")
-    if start is None and folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
-        raise ValueError(f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it")
+    if start is None:
+        _check_output(config)
     prompt = find_prompt(config.prompt, config.prompt_format)
     accelerator = _accelerator(config)
     set_seed(config.seed)
@@ -202,6 +201,24 @@ def _accelerator(config: PruneConfig) -> Accelerator:
     if accelerator.num_processes > 1:
         raise ValueError(f"pruning runs in one process so far, this launch has {accelerator.num_processes}")
     return accelerator
+
+
+def _check_output(config: PruneConfig) -> None:
+    """An output that exists is replaced only when asked for, only if it is a run, and never with an input in it."""
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not config.overwrite:
+        raise ValueError(f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it")
+    if not all((folder / name).is_file() for name in RUN_MARKS):
+        raise ValueError(f"{folder} is not a run folder ({' and '.join(RUN_MARKS)} are missing), so it is not replaced")
+    inputs = [config.model, config.text, config.prompt, *config.records.split(",")]
+    for name in filter(None, inputs):
+        path = Path(name.rpartition(":")[0] or name)
+        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
 
 
 def _make_folder(config: PruneConfig, accelerator: Accelerator) -> None:
