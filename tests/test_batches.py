@@ -126,6 +126,6 @@ def test_identical_records_still_leave_the_token_before_the_first_target():
     from compresso.batches import Example
 
     example = Example(tokens, [IGNORE] * 40 + tokens[40:])
-    batch = collate([example, example], 0)
+    batch = collate([example, example])
     assert len(batch.prefix) == 39
     assert int((batch.labels[:, 1:] != IGNORE).sum()) == 2 * 17

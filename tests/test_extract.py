@@ -18,6 +18,7 @@ VARIANTS = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"num_key_value_heads": 4}),  # multi-head
     ("qwen2", {"num_key_value_heads": 1}),  # multi-query
+    ("qwen2", {"head_dim": None}),
     ("qwen3", {"tie_word_embeddings": False}),
     ("mistral", {"tie_word_embeddings": True}),
 ]

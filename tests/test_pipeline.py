@@ -1,6 +1,7 @@
 """`prune` and `recover` from end to end on tiny checkpoints: what they promise holds on disk."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -144,6 +145,40 @@ def test_repeating_a_recovery_gives_the_same_weights_and_going_further_does_not(
     further = load_file(finished / "model" / "model.safetensors")
     assert any(not torch.equal(further[name], tensor) for name, tensor in before.items())
     assert len(rows(finished, "recover")) == 6
+
+
+def test_a_recovery_on_other_data_is_measured_on_the_runs_own_held_out_records(finished, tmp_path):
+    before = json.loads((finished / "summary.json").read_text())
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"instruction": "say", "output": "a lazy dog"}))
+    summary = compresso.recover(str(finished), data=str(other), seed=5, recover_steps=1, learning_rate=1e-12)
+    assert summary["loss"]["recovered"] == pytest.approx(summary["loss"]["cut"], rel=1e-4)
+    assert summary["loss"]["cut"] == before["loss"]["cut"]
+
+
+def test_an_interrupted_recovery_can_be_repeated(checkpoint, data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("compresso.pipeline._recover", lambda *_: (_ for _ in ()).throw(Stopped("interrupted")))
+        with pytest.raises(Stopped):
+            compresso.prune(model=str(checkpoint), data=str(data), output=str(run), **QUICK)
+    summary = compresso.recover(str(run))
+    assert summary["loss"]["recovered"] > 0
+
+
+def test_records_that_the_chat_template_refuses_are_skipped(checkpoint, tokenizer, data, tmp_path, capsys):
+    strict = "{% if messages|length > 3 %}{{ raise_exception('too long') }}{% endif %}" + tokenizer.chat_template
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(strict)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(data.read_text() + "\n" + json.dumps({"messages": turns}))
+    compresso.prune(model=str(folder), data=str(mixed), output=str(tmp_path / "run"), **QUICK)
+    assert (
+        "skipped 1 of 41 records (line 41: the chat template refuses it: too long)"
+        in capsys.readouterr().out.replace("\n", " ")
+    )
 
 
 def test_the_same_seed_gives_the_same_model(checkpoint, data, tmp_path):

@@ -31,6 +31,8 @@ def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
         **special.get(model_type, {}),
         **settings,
     }
+    if values["head_dim"] is None:  # as real Qwen2 configs, which name none
+        del values["head_dim"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     with torch.no_grad():
         for parameter in model.parameters():

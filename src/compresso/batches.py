@@ -86,18 +86,27 @@ class Encoder:
         return Example(before + after, [IGNORE] * len(before) + after)
 
     def split_text(self, record: Record, prompt: CollaborativePrompt) -> tuple[str, str]:
-        """The text before the response, and the response with what ends it."""
+        """The text before the response, and the response with what ends it.
+
+        Raises ValueError if the chat template cannot render the record.
+        """
         eos = self.tokenizer.eos_token or ""
         if not record.messages:
             return prompt.raw_text(), record.text
         if prompt.format == "alpaca" or not self.tokenizer.chat_template:
             return prompt.instruction(record.instruction, record.input), record.response + eos
         turns = list(record.messages)
-        before = self.render(turns[:-1], prompt, generate=True)
-        whole = self.render(turns, prompt, generate=False)
-        if not whole.startswith(before):  # a template that renders an open turn in another way
-            before = whole[: whole.rfind(record.response.strip())]
+        try:
+            whole = self.render(turns, prompt, generate=False)
+            opened = self.render(turns[:-1], prompt, generate=True)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+        # up to where both agree: some templates open a turn in another way than they render it
+        agreed = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(opened, whole, strict=False))
+        before = "".join(a for a, _ in agreed)
         response = whole[len(before) :]
+        if not response.strip():
+            raise ValueError("the chat template leaves nothing of the response")
         if eos and eos in response:  # a line break after the end of the turn is not the model's to say
             response = response[: response.rindex(eos) + len(eos)]
         return before, response
@@ -132,7 +141,7 @@ class Encoder:
             text = prompt.instruction(message)
         else:
             text = self.render([{"role": "user", "content": message}], prompt, generate=True)
-        return self.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
+        return self._drop_final(self.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"])
 
     def _tokens(self, prefix: str, response: str) -> tuple[list[int], list[int]]:
         """Tokens of both parts, divided where the response begins.
@@ -147,7 +156,9 @@ class Encoder:
             return self._drop_final(before) if special else before, after
         out = self.tokenizer(prefix + response, add_special_tokens=special, return_offsets_mapping=True)
         ids, offsets = out["input_ids"], out["offset_mapping"]
-        border = next((i for i, (_, end) in enumerate(offsets) if end > len(prefix)), len(ids))
+        if len(ids) > 1 and ids[-1] == ids[-2] == self.tokenizer.eos_token_id:  # the tokenizer added another one
+            ids = ids[:-1]
+        border = min(next((i for i, (_, end) in enumerate(offsets) if end > len(prefix)), len(ids)), len(ids))
         return ids[:border], ids[border:]
 
     def _drop_final(self, ids: list[int]) -> list[int]:
@@ -170,14 +181,14 @@ def cut(before: list[int], after: list[int], limit: int, head: int) -> tuple[lis
     return before, after
 
 
-def collate(examples: list[Example], pad_id: int) -> Batch:
-    """Pad to the longest row; what all rows begin with becomes the prefix."""
+def collate(examples: list[Example]) -> Batch:
+    """Pad to the longest row with 0, which is never attended to; what all rows begin with becomes the prefix."""
     rows = list(zip(*(e.ids[: max(e.first_target - 1, 0)] for e in examples), strict=False))
     shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, rows))
     if len(examples) < 2 or shared < SHARED_PREFIX_FROM:
         shared = 0
     longest = max(len(e.ids) for e in examples) - shared
-    ids = torch.full((len(examples), longest), pad_id)
+    ids = torch.zeros((len(examples), longest), dtype=torch.long)
     labels = torch.full((len(examples), longest), IGNORE)
     for i, e in enumerate(examples):
         ids[i, : len(e.ids) - shared] = torch.tensor(e.ids[shared:])
@@ -190,6 +201,5 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
 def batches(records: list[Record], encoder: Encoder, prompt: CollaborativePrompt, parts: int = 1) -> list[Batch]:
     """The records as `parts` batches of similar length each."""
     examples = sorted((encoder.encode(record, prompt) for record in records), key=lambda e: len(e.ids))
-    pad_id = encoder.tokenizer.pad_token_id or encoder.tokenizer.eos_token_id or 0
     borders = [i * len(examples) // parts for i in range(parts + 1)]
-    return [collate(examples[a:b], pad_id) for a, b in itertools.pairwise(borders) if b > a]
+    return [collate(examples[a:b]) for a, b in itertools.pairwise(borders) if b > a]

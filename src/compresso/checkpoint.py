@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +22,8 @@ from compresso.shape import describe
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 REMOTE_CODE = "modeling_compresso.py"
 SHARD_SIZE = "5GB"
+BAD_CONFIG = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
+BAD_WEIGHTS = (*BAD_CONFIG, AssertionError, RuntimeError, SafetensorError)
 
 
 def load(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -42,7 +45,7 @@ def load(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel,
         raise FileNotFoundError(f"no checkpoint folder {path}; expected a folder with config.json and *.safetensors")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BAD_CONFIG as error:
         raise _unreadable(model, path.is_dir(), error) from error
     family_of(config.model_type)
     _refuse_quantised(model, config)
@@ -50,7 +53,7 @@ def load(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel,
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except BAD_WEIGHTS as error:
         raise ValueError(f"the weights of {model} cannot be loaded: {_first_line(error)}") from error
     _refuse_incomplete(model, info)
     return loaded.eval(), _load_tokenizer(model)

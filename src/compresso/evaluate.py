@@ -43,6 +43,7 @@ def answer(
     model: PreTrainedModel, encoder: Encoder, prompt: CollaborativePrompt, message: str, max_new_tokens: int = 64
 ) -> str:
     """The model's greedy answer to one question."""
+    message = message.encode("utf-8", "replace").decode()  # a terminal may pass half a surrogate pair
     ids = torch.tensor([encoder.question(message, prompt)], device=model.device)
     tokenizer = encoder.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from compresso import per_layer
 from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of
 from compresso.plan import Plan
-from compresso.shape import describe
+from compresso.shape import describe, head_dim_of
 
 _classes: list[Any] = per_layer.CLASSES
 for _config, _base, _causal in _classes:
@@ -142,7 +142,7 @@ def _smaller_config(model: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
     settings |= {
         "hidden_size": hidden_size,
         "num_hidden_layers": len(kept),
-        "head_dim": old.head_dim,
+        "head_dim": head_dim_of(old),
         "rms_norm_eps": old.rms_norm_eps * (plan.shape.hidden_size / hidden_size),
         **{key: max(width[key] for width in widths) for key in widths[0]},
     }

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest, read_yaml
 from compresso.evaluate import answer, mean_loss, speeds, text_windows
 from compresso.extract import extract
+from compresso.families import family_of
 from compresso.masks import gated
 from compresso.methods import METHODS, add_lora, inside, merge
 from compresso.plan import Plan
-from compresso.prompts import find_prompt
+from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Source, hold_out, read_sources
 from compresso.self_data import write_records
 from compresso.shape import ModelShape, count_prunable, describe, prunable_parameters
@@ -89,6 +91,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
         "versions": _versions(),
     }
     _save_checked(bench, smaller, bench.folder / "cut", summary)
+    summary["seconds"] = time.perf_counter() - began
     _write(summary, bench.folder)  # so that a recovery that stops can be repeated
     if config.recover_steps:
         smaller = _recover(bench, smaller, plan, summary)
@@ -113,18 +116,22 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
             raise FileNotFoundError(
                 f"{folder} has no {name}; `compresso recover` needs a finished run of `compresso prune`"
             )
-    config = PruneConfig(**{**read_yaml(folder / "config.yaml"), **settings, "output": str(folder)})
+    of_run = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
+    config = replace(of_run, **settings)
     if not config.recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do")
     summary = json.loads((folder / "summary.json").read_text())
     plan = plans.load(folder)
-    bench = prepare(config, start=folder / ("model" if further else "cut"))
+    bench = prepare(of_run, start=folder / ("model" if further else "cut"))  # its held-out records stay held out
+    bench.config = config
+    if "data" in settings:
+        bench.sources = _usable(read_sources(config.records), bench.encoder, bench.prompt)
+    summary["recovery"] = {**settings, "further": further}
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     if not further:
         _drop_recovery(folder / "metrics.jsonl")
     model = _recover(bench, bench.model, plan, summary)
     _save_checked(bench, model, folder / "model", summary)
-    (folder / "config.yaml").write_text(config.to_yaml())
     return _finish(bench, summary)
 
 
@@ -160,9 +167,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     else:
         with _status("reading records"):
             sources = [demo.records()] if config.records == "demo" else read_sources(config.records)
-    for source in sources:
-        if source.report():
-            console.print(source.report(), markup=False)
+    sources = _usable(sources, encoder, prompt)
     sources, held_out = hold_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, context)
@@ -191,9 +196,13 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
 def _accelerator(config: PruneConfig) -> Accelerator:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {config.device}: this torch sees no CUDA device; use --device cpu")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this torch sees no Apple GPU; use --device cpu")
     if config.device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"--device must be auto, cpu, cuda or mps, got {config.device!r}")
     log_with = None if config.tracker == "none" else config.tracker
+    if log_with and find_spec(log_with) is None:
+        raise ValueError(f"--tracker {log_with}: its package is not installed (pip install {log_with})")
     try:
         accelerator = Accelerator(cpu=config.device == "cpu", log_with=log_with, project_dir=config.output)
     except (ImportError, ValueError) as error:
@@ -216,7 +225,7 @@ def _check_output(config: PruneConfig) -> None:
         raise ValueError(f"{folder} is not a run folder ({' and '.join(RUN_MARKS)} are missing), so it is not replaced")
     inputs = [config.model, config.text, config.prompt, *config.records.split(",")]
     for name in filter(None, inputs):
-        path = Path(name.rpartition(":")[0] or name)
+        path = Path(name.strip().rpartition(":")[0] or name.strip())
         if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
 
@@ -243,8 +252,27 @@ def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) 
     return read_sources(str(path))
 
 
+def _usable(sources: list[Source], encoder: Encoder, prompt: CollaborativePrompt) -> list[Source]:
+    """Leave out records that the chat template refuses, and say what was left out. Raises ValueError if all are."""
+    for source in sources:
+        kept = []
+        for number, record in enumerate(source.records, 1):
+            try:
+                encoder.split_text(record, prompt)
+                kept.append(record)
+            except ValueError as error:
+                source.skipped.append((number, str(error)))
+        source.records = kept
+        if source.report():
+            console.print(source.report(), markup=False)
+        if not kept:
+            raise ValueError(f"no usable record: {source.report()}")
+    return sources
+
+
 def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
-    known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = model.get_submodule(family_of(model.config.model_type).layers)  # a tied head would change the embedding
+    known = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     for target in config.lora_targets:
         if target not in {*known, "all-linear"}:
             raise ValueError(

@@ -53,7 +53,11 @@ class Source:
 
     def add(self, number: int, row: Any) -> None:
         try:
-            self.records.append(parse(row))
+            record = parse(row)
+            "".join([record.text, *(turn["content"] for turn in record.messages)]).encode()
+            self.records.append(record)
+        except UnicodeEncodeError:
+            self.skipped.append((number, "half a surrogate pair in the text"))
         except ValueError as error:
             self.skipped.append((number, str(error)))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.families import Family, family_of
 
@@ -63,7 +63,7 @@ def describe(model: PreTrainedModel) -> ModelShape:
     for a model_type that is not in FAMILIES.
     """
     family: Family = family_of(model.config.model_type)
-    head_dim = model.config.head_dim
+    head_dim = head_dim_of(model.config)
     layers = []
     for layer in model.get_submodule(family.layers):
         groups, queries, width = 0, 0, 0
@@ -75,6 +75,11 @@ def describe(model: PreTrainedModel) -> ModelShape:
         layers.append(LayerShape(groups, queries, head_dim, width))
     hidden_size = model.get_submodule(family.embedding).weight.shape[1]
     return ModelShape(hidden_size, len(family.mlp_inputs) + 1, tuple(layers))
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """The config's head_dim, or the usual quotient where it names none (as Qwen2's)."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def has(layer: nn.Module, path: str) -> bool:

@@ -88,10 +88,10 @@ class Workbench:
                 if row["step"] % RELEASE_EVERY == 0:
                     release_memory()
                 rate = tokens / (time.perf_counter() - began)
-                bar.update(task, advance=1, description=f"{stage} [{row['phase']}]", note=_note(row, rate))
+                bar.update(task, advance=1, description=f"{stage} ({row['phase']})", note=_note(row, rate))
                 if not console.is_terminal and row["step"] % max(1, steps // 10) == 0:
                     console.print(
-                        f"{stage} [{row['phase']}] step {row['step']}/{steps}  {_note(row, rate)}", markup=False
+                        f"{stage} ({row['phase']}) step {row['step']}/{steps}  {_note(row, rate)}", markup=False
                     )
 
         release_memory()
