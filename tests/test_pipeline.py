@@ -90,7 +90,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 folder = {str(finished / "model")!r}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 AutoModel.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("the quick", return_tensors="pt").input_ids
 out = model.generate(ids, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
 print(type(model).__name__, out.shape[1] - ids.shape[1])

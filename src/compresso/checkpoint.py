@@ -262,7 +262,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its hub id
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 ```
 
 {loading}
