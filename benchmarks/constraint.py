@@ -42,7 +42,7 @@ def main() -> None:
     for steps in (60, 600, 6_000, 60_000):
         for target in (0.2,) if steps == 60_000 else (0.05, 0.2, 0.5, 0.8):
             print(
-                f"{steps:6d} steps, target {target:.2f}: at most {100 * run(steps, target):.4f} points off in the hold",
+                f"{steps:6d} steps, target {target:.2f}: at most {100 * run(steps, target):.5f} points off in the hold",
                 flush=True,
             )
 

@@ -16,7 +16,7 @@ from compresso import PruneConfig
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks
 from compresso.methods import add_lora, inside
-from compresso.pipeline import prepare
+from compresso.prepare import prepare
 from compresso.shape import describe
 from compresso.train import target_loss
 

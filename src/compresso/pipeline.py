@@ -1,46 +1,32 @@
 """From a checkpoint to a smaller one: the steps of `compresso prune` and `compresso recover`, in order."""
 
 import json
-import os
 import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from compresso import checkpoint, demo
+from compresso import checkpoint
 from compresso import plan as plans
-from compresso.batches import Encoder
-from compresso.config import PruneConfig, nearest, read_yaml
-from compresso.evaluate import answer, mean_loss, speeds, text_windows
+from compresso.config import PruneConfig, read_yaml
+from compresso.evaluate import answer, mean_loss, speeds
 from compresso.extract import extract
-from compresso.families import family_of
 from compresso.masks import gated
 from compresso.methods import METHODS, add_lora, inside, merge
 from compresso.plan import Plan
-from compresso.prompts import CollaborativePrompt, find_prompt
-from compresso.records import Source, hold_out, read_sources
-from compresso.self_data import write_records
-from compresso.shape import ModelShape, count_prunable, describe, prunable_parameters
+from compresso.prepare import prepare, usable, versions
+from compresso.records import read_sources
+from compresso.shape import count_prunable, describe, prunable_parameters
 from compresso.summary import show
 from compresso.train import fit
-from compresso.workbench import Workbench, compute_dtype, console, progress_bar, release_memory
+from compresso.workbench import Workbench, compute_dtype, console, release_memory, status
 
-PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-RUN_MARKS = ("config.yaml", "env.json")
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 
 
@@ -60,7 +46,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     model, plan = METHODS[config.method](bench)
     plans.save(plan, bench.folder, {"method": config.method, "model": config.model, "seed": config.seed})
     smaller, difference = _extract_checked(bench, model, plan)
-    with _status("measuring tokens/s, dense and pruned in turn"):
+    with status("measuring tokens/s, dense and pruned in turn"):
         dtype = compute_dtype(config.precision, bench.accelerator.device)
         checkpoint.cast(model, dtype)
         checkpoint.cast(smaller, dtype)
@@ -88,7 +74,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
         "hidden_size": {"before": shape.hidden_size, "after": len(plan.keep["hidden"][0])},
         "widths": plan.widths(),
         "seed": config.seed,
-        "versions": _versions(),
+        "versions": versions(),
     }
     _save_checked(bench, smaller, bench.folder / "cut", summary)
     summary["seconds"] = time.perf_counter() - began
@@ -125,7 +111,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     bench = prepare(of_run, start=folder / ("model" if further else "cut"))  # its held-out records stay held out
     bench.config = config
     if "data" in settings:
-        bench.sources = _usable(read_sources(config.records), bench.encoder, bench.prompt)
+        bench.sources = usable(read_sources(config.records), bench.encoder, bench.prompt)
     summary["recovery"] = {**settings, "further": further}
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     if not further:
@@ -135,173 +121,9 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     return _finish(bench, summary)
 
 
-def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
-    """Load and check everything, then make the run folder. With `start`, the folder is there already."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    folder = Path(config.output)
-    if start is None:
-        _check_output(config)
-    prompt = find_prompt(config.prompt, config.prompt_format)
-    accelerator = _accelerator(config)
-    set_seed(config.seed)
-    dtype = compute_dtype(config.precision, accelerator.device)
-    with _status(f"loading {start or config.model}"):
-        model, tokenizer = checkpoint.load(str(start or config.model))
-        stored = model.dtype
-        model = checkpoint.cast(model, dtype).to(accelerator.device)
-    shape = describe(model)
-    if start is None:
-        _check_target(config, shape)
-    if prompt.format == "auto":
-        prompt = replace(prompt, format="chat" if tokenizer.chat_template else "alpaca")
-    context = getattr(model.config, "max_position_embeddings", None)
-    encoder = Encoder(tokenizer, config.max_length, context)
-    encoder.room(prompt)
-    _check_lora_targets(config, model)
-    text = _text(config)
-    if config.records == "self":
-        if start is None:
-            _make_folder(config, accelerator)
-        sources = _own_records(config, model, encoder)
-    else:
-        with _status("reading records"):
-            sources = [demo.records()] if config.records == "demo" else read_sources(config.records)
-    sources = _usable(sources, encoder, prompt)
-    sources, held_out = hold_out(sources, config.validation_records, config.seed)
-    text = text or "\n\n".join(record.response for record in held_out)
-    windows = text_windows(text, tokenizer, config.perplexity_windows, context)
-    if start is None and config.records != "self":
-        _make_folder(config, accelerator)
-    if config.tracker != "none":
-        accelerator.init_trackers("compresso")
-    parameters = sum(p.numel() for p in model.parameters())
-    return Workbench(
-        config,
-        folder,
-        accelerator,
-        model,
-        tokenizer,
-        encoder,
-        prompt,
-        sources,
-        held_out,
-        windows,
-        parameters,
-        count_prunable(model),
-        {"stored_dtype": stored},
-    )
-
-
-def _accelerator(config: PruneConfig) -> Accelerator:
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {config.device}: this torch sees no CUDA device; use --device cpu")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this torch sees no Apple GPU; use --device cpu")
-    if config.device not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f"--device must be auto, cpu, cuda or mps, got {config.device!r}")
-    log_with = None if config.tracker == "none" else config.tracker
-    if log_with and find_spec(log_with) is None:
-        raise ValueError(f"--tracker {log_with}: its package is not installed (pip install {log_with})")
-    try:
-        accelerator = Accelerator(cpu=config.device == "cpu", log_with=log_with, project_dir=config.output)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"--tracker {config.tracker}: {error}") from error
-    if accelerator.num_processes > 1:
-        raise ValueError(f"pruning runs in one process so far, this launch has {accelerator.num_processes}")
-    return accelerator
-
-
-def _check_output(config: PruneConfig) -> None:
-    """An output that exists is replaced only when asked for, only if it is a run, and never with an input in it."""
-    folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not config.overwrite:
-        raise ValueError(f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it")
-    if not all((folder / name).is_file() for name in RUN_MARKS):
-        raise ValueError(f"{folder} is not a run folder ({' and '.join(RUN_MARKS)} are missing), so it is not replaced")
-    inputs = [config.model, config.text, config.prompt, *config.records.split(",")]
-    for name in filter(None, inputs):
-        path = Path(name.strip().rpartition(":")[0] or name.strip())
-        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
-
-
-def _make_folder(config: PruneConfig, accelerator: Accelerator) -> None:
-    """From here on the run leaves traces; all that can be wrong with its input has been checked."""
-    folder = Path(config.output)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    (folder / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
-
-
-def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) -> list[Source]:
-    """Records that the model writes, once a run."""
-    path = Path(config.output) / "self.jsonl"
-    if not path.exists():
-        partial = path.with_name("self.jsonl.partial")
-        with progress_bar() as bar:
-            task = bar.add_task("the model writes records", total=config.self_records, note="")
-            write_records(model, encoder, config.self_records, config.seed, partial, lambda n: bar.advance(task, n))
-        partial.rename(path)
-    return read_sources(str(path))
-
-
-def _usable(sources: list[Source], encoder: Encoder, prompt: CollaborativePrompt) -> list[Source]:
-    """Leave out records that the chat template refuses, and say what was left out. Raises ValueError if all are."""
-    for source in sources:
-        kept = []
-        for number, record in enumerate(source.records, 1):
-            try:
-                encoder.split_text(record, prompt)
-                kept.append(record)
-            except ValueError as error:
-                source.skipped.append((number, str(error)))
-        source.records = kept
-        if source.report():
-            console.print(source.report(), markup=False)
-        if not kept:
-            raise ValueError(f"no usable record: {source.report()}")
-    return sources
-
-
-def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
-    layers = model.get_submodule(family_of(model.config.model_type).layers)  # a tied head would change the embedding
-    known = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    for target in config.lora_targets:
-        if target not in {*known, "all-linear"}:
-            raise ValueError(
-                f"no matrix is called {target!r}{nearest(target, known)}; --lora-targets may name "
-                f"{', '.join(sorted(known))}"
-            )
-
-
-def _check_target(config: PruneConfig, shape: ModelShape) -> None:
-    """Let the plan's own rules speak before hours of training, on made-up scores."""
-    scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.units}
-    plans.select(shape, scores, config.target_sparsity, config.round_to)
-
-
-def _text(config: PruneConfig) -> str | None:
-    if config.text is None:
-        return demo.text() if config.records == "demo" else None
-    path = Path(config.text)
-    if not path.is_file():
-        raise FileNotFoundError(f"no text file {path} (--text)")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-
-
 def _score(bench: Workbench, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
     """Loss on held-out records, perplexity on held-out text, one answer."""
-    with _status("measuring loss and perplexity"):
+    with status("measuring loss and perplexity"):
         nats = mean_loss(model, bench.windows)
         return {
             "loss": mean_loss(model, bench.validation(sparsity)),
@@ -314,7 +136,7 @@ def _score(bench: Workbench, model: PreTrainedModel, sparsity: float) -> dict[st
 def _extract_checked(bench: Workbench, model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, float]:
     """Extract in float32; raise RuntimeError unless it computes what the gated model computed."""
     ids = bench.windows[0].ids[:1, :128].to(model.device)
-    with _status("extracting the smaller model, and comparing it with the gated one"):
+    with status("extracting the smaller model, and comparing it with the gated one"):
         with gated(model, plan.shape, plan.gates):
             expected = model(ids).logits
         smaller = extract(model, plan)
@@ -330,7 +152,7 @@ def _extract_checked(bench: Workbench, model: PreTrainedModel, plan: Plan) -> tu
 @torch.no_grad()
 def _save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
     """Save in the dtype of the original, reload as a stranger would, compare logits."""
-    with _status(f"saving {folder}, and comparing what loads with what was saved"):
+    with status(f"saving {folder}, and comparing what loads with what was saved"):
         working = model.dtype
         checkpoint.cast(model, bench.facts["stored_dtype"])
         prompt = bench.prompt_at(summary["sparsity"])
@@ -421,35 +243,3 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What a repetition would want to know; nothing from the environment variables."""
-    return {
-        "versions": _versions(),
-        "platform": platform.platform(),
-        "device": str(accelerator.device),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    with console.status(text) if console.is_terminal else _nothing():
-        yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -5,7 +5,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,11 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def status(text: str) -> AbstractContextManager:
+    """Tell what is being done, where somebody watches."""
+    return console.status(text) if console.is_terminal else nullcontext()
 
 
 def progress_bar() -> Progress:

@@ -1,0 +1,218 @@
+"""Before anything is computed: load and check settings, checkpoint and data, then make the run folder."""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from compresso import checkpoint, demo
+from compresso import plan as plans
+from compresso.batches import Encoder
+from compresso.config import PruneConfig, nearest
+from compresso.evaluate import text_windows
+from compresso.families import family_of
+from compresso.prompts import CollaborativePrompt, find_prompt
+from compresso.records import Source, hold_out, read_sources
+from compresso.self_data import write_records
+from compresso.shape import ModelShape, count_prunable, describe
+from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
+
+PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+RUN_MARKS = ("config.yaml", "env.json")
+
+
+def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
+    """Load and check everything, then make the run folder. With `start`, the folder is there already."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    folder = Path(config.output)
+    if start is None:
+        _check_output(config)
+    prompt = find_prompt(config.prompt, config.prompt_format)
+    accelerator = _accelerator(config)
+    set_seed(config.seed)
+    dtype = compute_dtype(config.precision, accelerator.device)
+    with status(f"loading {start or config.model}"):
+        model, tokenizer = checkpoint.load(str(start or config.model))
+        stored = model.dtype
+        model = checkpoint.cast(model, dtype).to(accelerator.device)
+    shape = describe(model)
+    if start is None:
+        _check_target(config, shape)
+    if prompt.format == "auto":
+        prompt = replace(prompt, format="chat" if tokenizer.chat_template else "alpaca")
+    context = getattr(model.config, "max_position_embeddings", None)
+    encoder = Encoder(tokenizer, config.max_length, context)
+    encoder.room(prompt)
+    _check_lora_targets(config, model)
+    text = _text(config)
+    if config.records == "self":
+        if start is None:
+            _make_folder(config, accelerator)
+        sources = _own_records(config, model, encoder)
+    else:
+        with status("reading records"):
+            sources = [demo.records()] if config.records == "demo" else read_sources(config.records)
+    sources = usable(sources, encoder, prompt)
+    sources, held_out = hold_out(sources, config.validation_records, config.seed)
+    text = text or "\n\n".join(record.response for record in held_out)
+    windows = text_windows(text, tokenizer, config.perplexity_windows, context)
+    if start is None and config.records != "self":
+        _make_folder(config, accelerator)
+    if config.tracker != "none":
+        accelerator.init_trackers("compresso")
+    parameters = sum(p.numel() for p in model.parameters())
+    return Workbench(
+        config,
+        folder,
+        accelerator,
+        model,
+        tokenizer,
+        encoder,
+        prompt,
+        sources,
+        held_out,
+        windows,
+        parameters,
+        count_prunable(model),
+        {"stored_dtype": stored},
+    )
+
+
+def _accelerator(config: PruneConfig) -> Accelerator:
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {config.device}: this torch sees no CUDA device; use --device cpu")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"--device must be auto, cpu, cuda or mps, got {config.device!r}")
+    log_with = None if config.tracker == "none" else config.tracker
+    if log_with and find_spec(log_with) is None:
+        raise ValueError(f"--tracker {log_with}: its package is not installed (pip install {log_with})")
+    try:
+        accelerator = Accelerator(cpu=config.device == "cpu", log_with=log_with, project_dir=config.output)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"--tracker {config.tracker}: {error}") from error
+    if accelerator.num_processes > 1:
+        raise ValueError(f"pruning runs in one process so far, this launch has {accelerator.num_processes}")
+    return accelerator
+
+
+def _check_output(config: PruneConfig) -> None:
+    """An output that exists is replaced only when asked for, only if it is a run, and never with an input in it."""
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not config.overwrite:
+        raise ValueError(f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it")
+    if not all((folder / name).is_file() for name in RUN_MARKS):
+        raise ValueError(f"{folder} is not a run folder ({' and '.join(RUN_MARKS)} are missing), so it is not replaced")
+    inputs = [config.model, config.text, config.prompt, *config.records.split(",")]
+    for name in filter(None, inputs):
+        path = Path(name.strip().rpartition(":")[0] or name.strip())
+        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
+
+
+def _check_target(config: PruneConfig, shape: ModelShape) -> None:
+    """Let the plan's own rules speak before hours of training, on made-up scores."""
+    scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.units}
+    plans.select(shape, scores, config.target_sparsity, config.round_to)
+
+
+def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
+    layers = model.get_submodule(family_of(model.config.model_type).layers)  # a tied head would change the embedding
+    known = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    for target in config.lora_targets:
+        if target not in {*known, "all-linear"}:
+            raise ValueError(
+                f"no matrix is called {target!r}{nearest(target, known)}; --lora-targets may name "
+                f"{', '.join(sorted(known))}"
+            )
+
+
+def _make_folder(config: PruneConfig, accelerator: Accelerator) -> None:
+    """From here on the run leaves traces; all that can be wrong with its input has been checked."""
+    folder = Path(config.output)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
+
+
+def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) -> list[Source]:
+    """Records that the model writes, once a run."""
+    path = Path(config.output) / "self.jsonl"
+    if not path.exists():
+        partial = path.with_name("self.jsonl.partial")
+        with progress_bar() as bar:
+            task = bar.add_task("the model writes records", total=config.self_records, note="")
+            write_records(model, encoder, config.self_records, config.seed, partial, lambda n: bar.advance(task, n))
+        partial.rename(path)
+    return read_sources(str(path))
+
+
+def usable(sources: list[Source], encoder: Encoder, prompt: CollaborativePrompt) -> list[Source]:
+    """Leave out records that the chat template refuses, and say what was left out. Raises ValueError if all are."""
+    for source in sources:
+        kept = []
+        for number, record in enumerate(source.records, 1):
+            try:
+                encoder.split_text(record, prompt)
+                kept.append(record)
+            except ValueError as error:
+                source.skipped.append((number, str(error)))
+        source.records = kept
+        if source.report():
+            console.print(source.report(), markup=False)
+        if not kept:
+            raise ValueError(f"no usable record: {source.report()}")
+    return sources
+
+
+def _text(config: PruneConfig) -> str | None:
+    if config.text is None:
+        return demo.text() if config.records == "demo" else None
+    path = Path(config.text)
+    if not path.is_file():
+        raise FileNotFoundError(f"no text file {path} (--text)")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def _environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What a repetition would want to know; nothing from the environment variables."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": str(accelerator.device),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
