@@ -43,7 +43,7 @@ def test_commands(place, checkpoint, data, monkeypatch, capsys):
     for line in commands:
         message = re.search(r'--message "(.*)"', line)
         words = re.sub(r' --message ".*"', "", line).split()[1:]
-        words = [{"1000": "2", "200": "1"}.get(word, word) for word in words]
+        words = [{"1000": "2", "200": "1", "50": "3"}.get(word, word) for word in words]
         for flag, value in (("--model", checkpoint), ("--data", data)):
             if flag in words:
                 words[words.index(flag) + 1] = str(value)
@@ -57,7 +57,8 @@ def test_commands(place, checkpoint, data, monkeypatch, capsys):
 def test_python(place, checkpoint, data, monkeypatch, capsys):
     monkeypatch.chdir(place)
     ours, loading = blocks("python")
-    quick = f'data="{data}", steps=4, recover_steps=1, batch_size=4, device="cpu", prompt="short", '
+    quick = f'data="{data}", batch_size=4, device="cpu", prompt="short", '
+    ours = ours.replace("steps=50", "steps=3")
     exec(ours.replace('"demo"', f'"{checkpoint}"', 1).replace('data="demo", ', quick), {})
     assert "'before'" in capsys.readouterr().out
     names: dict = {}
