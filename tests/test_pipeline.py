@@ -156,6 +156,13 @@ def test_a_recovery_on_other_data_is_measured_on_the_runs_own_held_out_records(f
     assert summary["loss"]["cut"] == before["loss"]["cut"]
 
 
+def test_a_recovery_takes_every_kind_of_source(finished, monkeypatch):
+    source = compresso.records.Source("demo", None, [compresso.records.parse({"instruction": "say", "output": "fox"})])
+    monkeypatch.setattr("compresso.demo.records", lambda: source)
+    summary = compresso.recover(str(finished), data="demo", recover_steps=1)
+    assert summary["recovery"]["data"] == "demo"
+
+
 def test_an_interrupted_recovery_can_be_repeated(checkpoint, data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

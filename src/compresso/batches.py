@@ -66,7 +66,7 @@ class Encoder:
     def room(self, prompt: CollaborativePrompt) -> int:
         """Tokens that a record may take after the prompt.
 
-        Raises ValueError if the prompt leaves less than 16 of the model's context.
+        Raises ValueError if the prompt leaves less than 64 of the model's context.
         """
         length = len(self.tokenizer(prompt.body)["input_ids"]) if prompt.body else 0
         if self.context is not None and length + 64 > self.context:
@@ -157,8 +157,8 @@ class Encoder:
         out = self.tokenizer(prefix + response, add_special_tokens=special, return_offsets_mapping=True)
         ids, offsets = out["input_ids"], out["offset_mapping"]
         if len(ids) > 1 and ids[-1] == ids[-2] == self.tokenizer.eos_token_id:  # the tokenizer added another one
-            ids = ids[:-1]
-        border = min(next((i for i, (_, end) in enumerate(offsets) if end > len(prefix)), len(ids)), len(ids))
+            ids, offsets = ids[:-1], offsets[:-1]
+        border = next((i for i, (_, end) in enumerate(offsets) if end > len(prefix)), len(ids))
         return ids[:border], ids[border:]
 
     def _drop_final(self, ids: list[int]) -> list[int]:

@@ -20,8 +20,7 @@ from compresso.extract import extract
 from compresso.masks import gated
 from compresso.methods import METHODS, add_lora, inside, merge
 from compresso.plan import Plan
-from compresso.prepare import prepare, usable, versions
-from compresso.records import read_sources
+from compresso.prepare import prepare, read_records, versions
 from compresso.shape import count_prunable, describe, prunable_parameters
 from compresso.summary import show
 from compresso.train import fit
@@ -111,7 +110,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     bench = prepare(of_run, start=folder / ("model" if further else "cut"))  # its held-out records stay held out
     bench.config = config
     if "data" in settings:
-        bench.sources = usable(read_sources(config.records), bench.encoder, bench.prompt)
+        bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
     summary["recovery"] = {**settings, "further": further}
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     if not further:

@@ -58,15 +58,9 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     encoder.room(prompt)
     _check_lora_targets(config, model)
     text = _text(config)
-    if config.records == "self":
-        if start is None:
-            _make_folder(config, accelerator)
-        sources = _own_records(config, model, encoder)
-    else:
-        with status("reading records"):
-            sources = [demo.records()] if config.records == "demo" else read_sources(config.records)
-    sources = usable(sources, encoder, prompt)
-    sources, held_out = hold_out(sources, config.validation_records, config.seed)
+    if start is None and config.records == "self":
+        _make_folder(config, accelerator)
+    sources, held_out = hold_out(read_records(config, model, encoder, prompt), config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, context)
     if start is None and config.records != "self":
@@ -167,8 +161,21 @@ def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) 
     return read_sources(str(path))
 
 
-def usable(sources: list[Source], encoder: Encoder, prompt: CollaborativePrompt) -> list[Source]:
-    """Leave out records that the chat template refuses, and say what was left out. Raises ValueError if all are."""
+def read_records(
+    config: PruneConfig, model: PreTrainedModel, encoder: Encoder, prompt: CollaborativePrompt
+) -> list[Source]:
+    """The records that `config` names, without those that the chat template refuses; says what was left out.
+
+    Raises ValueError or FileNotFoundError for a source without a usable record.
+    """
+    match config.records:
+        case "self":
+            sources = _own_records(config, model, encoder)
+        case "demo":
+            sources = [demo.records()]
+        case _:
+            with status("reading records"):
+                sources = read_sources(config.records)
     for source in sources:
         kept = []
         for number, record in enumerate(source.records, 1):

@@ -85,7 +85,7 @@ class Workbench:
                 metrics.write(json.dumps({"stage": stage, **row}) + "\n")
                 metrics.flush()
                 self.accelerator.log({f"{stage}/{k}": v for k, v in row.items() if not isinstance(v, str)})
-                if row["step"] % RELEASE_EVERY == 0:
+                if self.accelerator.device.type == "cpu" and row["step"] % RELEASE_EVERY == 0:
                     release_memory()
                 rate = tokens / (time.perf_counter() - began)
                 bar.update(task, advance=1, description=f"{stage} ({row['phase']})", note=_note(row, rate))
