@@ -10,6 +10,7 @@ from compresso import extract
 from compresso.families import FAMILIES
 from compresso.masks import gated
 from compresso.plan import Plan
+from compresso.prefix import for_rows, run_prefix
 from compresso.shape import count_prunable, describe, prunable_parameters, sparsity
 from tiny import random_plan, tiny_model
 
@@ -142,6 +143,19 @@ def test_generation_with_a_cache_equals_generation_without(model_type, cache, to
     for _ in range(6):
         ids = torch.cat([ids, logits(smaller, ids)[:, -1:].argmax(-1)], 1)
     assert torch.equal(cached, ids)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("groups", [[0, 1, 2], [2, 1, 0]])
+def test_tokens_that_follow_a_cached_prefix_see_all_of_it(model_type, groups, token_ids):
+    model = tiny_model(model_type)
+    smaller = extract(model, gates_of(model, {"kv_group": groups, "intermediate": [40, 0, 7]}))
+    prefix = torch.arange(5, 25)
+    whole = logits(smaller, torch.cat([prefix.expand(2, -1), token_ids], 1))[:, len(prefix) :]
+    with torch.no_grad():
+        cache = for_rows(run_prefix(smaller, prefix, smaller.config), 2)
+        parts = smaller(token_ids, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
 def test_attention_implementation_reaches_every_layer(token_ids):

@@ -31,20 +31,19 @@ from transformers import (
 class NoAttention(nn.Module):
     """A removed attention: adds nothing to the residual stream.
 
-    It still tells the cache how many tokens went by, with keys of no heads, because
-    transformers reads the position of the next token off the cache's first layer.
+    It still tells the cache how many tokens went by, with one number a token, because
+    transformers reads positions and masks off the cache's first layer.
     """
 
-    def __init__(self, layer_idx: int, head_dim: int):
+    def __init__(self, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.head_dim = head_dim
 
     def forward(self, hidden_states, past_key_values=None, **kwargs):
         if past_key_values is not None:
             batch, tokens = hidden_states.shape[:2]
-            nothing = hidden_states.new_empty(batch, 0, tokens, self.head_dim)
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            count = hidden_states.new_zeros(batch, 1, tokens, 1)
+            past_key_values.update(count, count, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -69,7 +68,7 @@ class PerLayer:
             layers[index] = layer = type(layers[index])(layer_config, index)
             skipped = getattr(layer_config, "skip", ())
             if "attention" in skipped:
-                layer.self_attn = NoAttention(index, layer_config.head_dim)
+                layer.self_attn = NoAttention(index)
                 layer.input_layernorm = nn.Identity()
             else:
                 layer.self_attn.config = config  # a copy would not see set_attn_implementation

@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compresso.batches import IGNORE, Batch
 from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
+from compresso.prefix import for_rows, positions_after, run_prefix
 
 LOGITS_AT_ONCE = 2**24  # entries of float32 logits that exist at a time: 64 MiB
 WARMUP = 0.05  # share of the steps in which the learning rate rises
@@ -51,18 +52,14 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
     if decoder.gradient_checkpointing and decoder.training:
         batch = batch.unshared()  # transformers drops the cache while it recomputes activations
-    rows, length = batch.ids.shape
     cache = None
     if len(batch.prefix):
-        cache = DynamicCache(config=model.config)
-        decoder(input_ids=batch.prefix[None], past_key_values=cache, use_cache=True)
-        for layer in cache.layers:
-            if layer.keys is not None:
-                layer.keys = layer.keys.expand(rows, -1, -1, -1)
-                layer.values = layer.values.expand(rows, -1, -1, -1)
-    positions = torch.arange(length, device=batch.ids.device)[None] + len(batch.prefix)
+        cache = for_rows(run_prefix(decoder, batch.prefix, model.config), len(batch.ids))
     hidden = decoder(
-        input_ids=batch.ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+        input_ids=batch.ids,
+        position_ids=positions_after(len(batch.prefix), batch.ids),
+        past_key_values=cache,
+        use_cache=cache is not None,
     ).last_hidden_state
     wanted = batch.labels[:, 1:] != IGNORE
     hidden, labels = hidden[:, :-1][wanted], batch.labels[:, 1:][wanted]

@@ -1,0 +1,30 @@
+"""Tokens that many rows begin with: run once, their keys and values shared by all."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+
+
+def run_prefix(decoder: nn.Module, ids: Tensor, config: PreTrainedConfig) -> DynamicCache:
+    """Keys and values of the tokens `ids` (P,), for one row. Gradients flow where they are enabled."""
+    cache = DynamicCache(config=config)
+    decoder(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    return cache
+
+
+def for_rows(cache: DynamicCache, rows: int) -> DynamicCache:
+    """The one-row cache as the beginning of `rows` rows: views, nothing is copied; `cache` stays as it is."""
+    shared = copy.copy(cache)
+    shared.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in shared.layers:
+        if layer.keys is not None:
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)
+            layer.values = layer.values.expand(rows, -1, -1, -1)
+    return shared
+
+
+def positions_after(length: int, ids: Tensor) -> Tensor:
+    """Positions (1, T) of `ids` (B, T) that follow a prefix of `length` tokens."""
+    return torch.arange(ids.shape[1], device=ids.device)[None] + length
