@@ -7,15 +7,16 @@ import typing
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from compresso import hard_concrete
 from compresso.checkpoint import cast
 from compresso.config import PruneConfig
-from compresso.evaluate import mean_loss
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks, gated
+from compresso.perplexity import mean_loss
 from compresso.plan import Plan, select
 from compresso.shape import describe
 from compresso.train import Pruning, fit, gate_learning_rate
@@ -88,6 +89,7 @@ def _best_gates(bench: Workbench, model: PreTrainedModel, plan: Plan, log_alpha:
     for candidate in (plan, soft):
         with gated(model, candidate.shape, candidate.gates):
             losses.append(mean_loss(model, bench.validation(candidate.sparsity)))
+    losses = broadcast_object_list(losses)  # all processes must take the same
     bench.facts["kept_gates"] = {"binary": losses[0], "soft": losses[1]}
     return plan if losses[0] <= losses[1] else soft
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,8 +21,8 @@ from compresso import checkpoint, demo
 from compresso import plan as plans
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
-from compresso.evaluate import text_windows
 from compresso.families import family_of
+from compresso.perplexity import WINDOW, text_windows
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Source, hold_out, read_sources
 from compresso.self_data import write_records
@@ -44,7 +44,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     accelerator = _accelerator(config)
     set_seed(config.seed)
     dtype = compute_dtype(config.precision, accelerator.device)
-    with status(f"loading {start or config.model}"):
+    with status(f"loading {start or config.model}"), accelerator.main_process_first():
         model, tokenizer = checkpoint.load(str(start or config.model))
         stored = model.dtype
         model = checkpoint.cast(model, dtype).to(accelerator.device)
@@ -60,9 +60,11 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     text = _text(config)
     if start is None and config.records == "self":
         _make_folder(config, accelerator)
-    sources, held_out = hold_out(read_records(config, model, encoder, prompt), config.validation_records, config.seed)
+    with accelerator.main_process_first():
+        sources = read_records(config, model, encoder, prompt)
+    sources, held_out = hold_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
-    windows = text_windows(text, tokenizer, config.perplexity_windows, context)
+    windows = text_windows(text, tokenizer, config.perplexity_windows, min(WINDOW, context or WINDOW), shorter=True)
     if start is None and config.records != "self":
         _make_folder(config, accelerator)
     if config.tracker != "none":
@@ -99,8 +101,12 @@ def _accelerator(config: PruneConfig) -> Accelerator:
         accelerator = Accelerator(cpu=config.device == "cpu", log_with=log_with, project_dir=config.output)
     except (ImportError, ValueError) as error:
         raise ValueError(f"--tracker {config.tracker}: {error}") from error
-    if accelerator.num_processes > 1:
-        raise ValueError(f"pruning runs in one process so far, this launch has {accelerator.num_processes}")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"pruning in several processes replicates the model so far, this launch asks for "
+            f"{accelerator.distributed_type}; launch with torchrun, or accelerate without FSDP and DeepSpeed"
+        )
+    console.quiet = not accelerator.is_main_process
     return accelerator
 
 
@@ -141,6 +147,9 @@ def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
 
 def _make_folder(config: PruneConfig, accelerator: Accelerator) -> None:
     """From here on the run leaves traces; all that can be wrong with its input has been checked."""
+    accelerator.wait_for_everyone()  # all have looked at what is there
+    if not accelerator.is_main_process:
+        return
     folder = Path(config.output)
     if folder.exists():
         shutil.rmtree(folder)

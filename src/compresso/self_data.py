@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from compresso.batches import Encoder
+from compresso.batches import MARK, Encoder
 from compresso.prompts import CollaborativePrompt
 
 AT_ONCE = 16
 QUESTION_TOKENS, ANSWER_TOKENS, TEXT_TOKENS = 64, 160, 192
-MARK = "\u2047"  # stands for the user's words while the template is taken apart
 
 
 def write_records(

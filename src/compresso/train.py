@@ -1,10 +1,12 @@
 """The one loop: task loss, and the sparsity constraint where there are masks.
 
 `fit` is a generator of metrics rows, one an optimizer step; who shows or stores them is
-not its business. Recovery is the same loop without masks.
+not its business. Recovery is the same loop without masks. In several processes each
+takes its part of the global batch; only adapters and gates learn, so that one message of
+their summed gradients a step is all that is exchanged, and every process makes the
+same step.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from compresso.batches import IGNORE, Batch
 from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
-from compresso.prefix import for_rows, positions_after, run_prefix
+from compresso.prefix import for_rows, positions_after, run_prefix, with_cache
 
 LOGITS_AT_ONCE = 2**24  # entries of float32 logits that exist at a time: 64 MiB
 WARMUP = 0.05  # share of the steps in which the learning rate rises
@@ -30,6 +32,10 @@ NOISE_SEED = 1_000_003  # keeps the gates' noise apart from the seeds of the dat
 
 class Diverged(RuntimeError):
     """A loss or gradient is not finite; nothing of that step was applied."""
+
+
+class Disconnected(RuntimeError):
+    """Another process of this launch does not answer."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,7 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     hidden = decoder(
         input_ids=batch.ids,
         position_ids=positions_after(len(batch.prefix), batch.ids),
-        past_key_values=cache,
-        use_cache=cache is not None,
+        **with_cache(decoder, cache),
     ).last_hidden_state
     wanted = batch.labels[:, 1:] != IGNORE
     hidden, labels = hidden[:, :-1][wanted], batch.labels[:, 1:][wanted]
@@ -95,12 +100,11 @@ def fit(
     """Train the parameters that require grad, and the masks, for `steps` optimizer steps.
 
     `next_batches` gets the sparsity so far (for prompts that show it; `sparsity` at the
-    start) and returns the parts of one global batch. Raises Diverged before a step with a loss or gradient
-    that is not finite is applied.
+    start) and returns this process's parts of one global batch. Raises Diverged before a step with a loss or gradient
+    that is not finite is applied, Disconnected if another process has gone.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(model, optimizer)
     noise = torch.Generator().manual_seed(seed * NOISE_SEED)
     gate_optimizer = torch.optim.Adam(pruning.masks.parameters(), lr=pruning.learning_rate) if pruning else None
     target = 0.0
@@ -114,15 +118,17 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
         parts = next_batches(sparsity)
-        targets = max(sum(part.targets for part in parts), 1)
-        total = 0.0
+        counts = [sum(part.targets for part in parts), sum(part.tokens for part in parts)]
+        targets, tokens = _summed(accelerator, torch.tensor(counts, dtype=torch.float64)).tolist()
+        parts_loss = torch.zeros(1, dtype=torch.float64)
         for i, part in enumerate(parts):
-            with accelerator.no_sync(model) if i + 1 < len(parts) else contextlib.nullcontext():
-                loss = target_loss(model, part.to(accelerator.device)) / targets
-                # the gates are a graph of their own, shared by the parts of the batch
-                accelerator.backward(loss, retain_graph=gating and i + 1 < len(parts))
-            total += float(loss.detach())
-        norm = float(accelerator.clip_grad_norm_(trainable, clip))
+            loss = target_loss(model, part.to(accelerator.device)) / max(targets, 1)
+            # the gates are a graph of their own, shared by the parts of the batch
+            loss.backward(retain_graph=gating and i + 1 < len(parts))
+            parts_loss += float(loss.detach())
+        total = float(_summed(accelerator, parts_loss))
+        _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
         if not (math.isfinite(total) and math.isfinite(norm) and _finite_gradients(pruning)):
             raise Diverged(f"at step {step + 1} the loss is {total} and the gradient's norm {norm}")
         optimizer.step()
@@ -137,9 +143,30 @@ def fit(
             row |= {"expected_sparsity": sparsity, "target_sparsity": target, "lambda_1": pruning.lagrangian.lambda_1}
         seconds = time.perf_counter() - began
         row |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_norm": norm}
-        row |= {"tokens": sum(part.tokens for part in parts), "seconds": seconds}
+        row |= {"tokens": int(tokens), "seconds": seconds}
         yield row
     model.eval()
+
+
+def _summed(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum over processes."""
+    if accelerator.num_processes == 1:
+        return values
+    try:
+        return accelerator.reduce(values.to(accelerator.device), reduction="sum").to(values.device)
+    except RuntimeError as error:
+        raise Disconnected(f"another process of this launch does not answer ({str(error).splitlines()[0]})") from error
+
+
+def _sum_gradients(accelerator: Accelerator, parameters: list[Tensor]) -> None:
+    """Sum the gradients over processes, in one message for each number format."""
+    if accelerator.num_processes == 1:
+        return
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        group = [p for p in parameters if p.dtype == dtype]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group])
+        for p, grad in zip(group, _summed(accelerator, flat).split([p.numel() for p in group]), strict=True):
+            p.grad = grad.view_as(p).to(p.device)
 
 
 def _finite_gradients(pruning: Pruning | None) -> bool:

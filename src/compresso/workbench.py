@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -16,6 +17,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.batches import Batch, Encoder, batches
@@ -23,16 +25,13 @@ from compresso.config import PruneConfig
 from compresso.masks import Masks
 from compresso.prompts import CollaborativePrompt
 from compresso.records import Record, Source, similar_lengths, stream
-from compresso.train import Diverged
+from compresso.stopping import DISCONNECTED, DIVERGED, INTERRUPTED, TERMINATED, Stopped, Terminated, uninterrupted
+from compresso.train import Disconnected, Diverged
 
 console = Console()
 RELEASE_EVERY = 8  # steps
 POOL = 16  # batches that are sorted by length together
 STOPPED = "stopped"  # folder in a run: adapters and gates of a run that did not finish
-
-
-class Stopped(RuntimeError):
-    """Training ended early; the message says why and what is kept."""
 
 
 @dataclass
@@ -46,12 +45,18 @@ class Workbench:
     prompt: CollaborativePrompt
     sources: list[Source]
     held_out: list[Record]
-    windows: list[Batch]
+    windows: Tensor
+    """(N, T) token ids of held-out text."""
     parameters: int
     """Of the dense model."""
     prunable: int
     facts: dict[str, Any] = field(default_factory=dict)
     """What steps leave for the summary."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes the run folder."""
+        return self.accelerator.is_main_process
 
     def prompt_at(self, sparsity: float) -> CollaborativePrompt:
         """The prompt with the state of the run filled in."""
@@ -60,13 +65,18 @@ class Workbench:
         return self.prompt.filled(sparsity=sparsity, target_sparsity=target, parameters=left)
 
     def batches(self, seed: int) -> Callable[[float], list[Batch]]:
-        """A function of the sparsity so far that gives the parts of the next global batch."""
-        size = self.config.batch_size
+        """A function of the sparsity so far that gives this process's parts of the next global batch.
+
+        All processes draw the same records and each takes its share, so that the run does not
+        depend on how many there are.
+        """
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        size = self.config.batch_size * processes
         groups = similar_lengths(stream(self.sources, seed), size, POOL, seed)
 
         def next_batches(sparsity: float) -> list[Batch]:
             prompt = self.prompt_at(sparsity)
-            return batches(next(groups), self.encoder, prompt, self.config.accumulation)
+            return batches(next(groups)[rank::processes], self.encoder, prompt, self.config.accumulation)
 
         return next_batches
 
@@ -77,7 +87,8 @@ class Workbench:
 
     def follow(self, stage: str, rows: Iterator[dict], steps: int) -> None:
         """Run the loop to its end: progress bar, metrics.jsonl, tracker."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics, progress_bar() as bar:
+        path = self.folder / "metrics.jsonl" if self.writes else Path(os.devnull)
+        with path.open("a", encoding="utf-8") as metrics, progress_bar() as bar:
             task = bar.add_task(stage, total=steps, note="")
             began, tokens = time.perf_counter(), 0
             for row in rows:
@@ -101,19 +112,30 @@ class Workbench:
         """If training stops inside, save adapters and gates of the last good step, and raise Stopped."""
         try:
             yield
-        except (KeyboardInterrupt, Diverged) as error:
-            kept = self.folder / STOPPED
+        except (KeyboardInterrupt, Diverged, Disconnected) as error:
+            with uninterrupted():
+                what = self._keep(wrapped, masks)
+            if isinstance(error, KeyboardInterrupt):
+                ended = isinstance(error, Terminated)
+                code = TERMINATED if ended else INTERRUPTED
+                raise Stopped(f"{'terminated' if ended else 'interrupted'}. {what}", code) from None
+            if isinstance(error, Disconnected):
+                raise Stopped(f"{error}. {what} Start all processes again", DISCONNECTED) from error
+            advice = "Lower --learning-rate or --gate-learning-rate, or use --precision fp32"
+            raise Stopped(f"{error}. {what} {advice}", DIVERGED) from error
+
+    def _keep(self, wrapped: PeftModel, masks: Masks | None) -> str:
+        """Save adapters and gates; what to tell about it."""
+        kept = self.folder / STOPPED
+        if self.writes:
             wrapped.save_pretrained(kept, safe_serialization=True)
             if masks is not None:
                 save_file({unit: a.detach() for unit, a in masks.log_alpha.items()}, kept / "log_alpha.safetensors")
-            parts = "adapters and gates" if masks else "adapters"
-            what = f"The {parts} of the last good step are in {kept}, the metrics beside it."
-            if masks is None:
-                what += f" The cut model is whole; `compresso recover {self.folder}` repeats its recovery."
-            if isinstance(error, KeyboardInterrupt):
-                raise Stopped(f"interrupted. {what}") from None
-            advice = "Lower --learning-rate or --gate-learning-rate, or use --precision fp32"
-            raise Stopped(f"{error}. {what} {advice}") from error
+        parts = "adapters and gates" if masks else "adapters"
+        what = f"The {parts} of the last good step are in {kept}, the metrics beside it."
+        if masks is None:
+            what += f" The cut model is whole; `compresso recover {self.folder}` repeats its recovery."
+        return what
 
 
 def _note(row: dict, rate: float) -> str:

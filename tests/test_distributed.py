@@ -1,0 +1,87 @@
+"""Two processes do what one does with the same global batch; one that dies stops the other with a message."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compresso
+
+SETTINGS = {"steps": 6, "recover_steps": 3, "max_length": 48, "prompt": "short", "device": "cpu", "precision": "fp32"}
+
+
+def launch(checkpoint: Path, data: Path, output: Path, **settings) -> subprocess.Popen:
+    flags = {"model": checkpoint, "data": data, "output": output, **SETTINGS, **settings}
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*launcher, "-m", "compresso.cli", "prune", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(started: subprocess.Popen) -> str:
+    """What it said; killed with all its children if it does not end."""
+    try:
+        return started.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        return started.communicate()[0] + "\nIT DID NOT END"
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(checkpoint, data, tmp_path):
+    started = launch(checkpoint, data, tmp_path / "two", batch_size=3)
+    compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "one"), batch_size=6, **SETTINGS)
+    said = finish(started)
+    assert started.returncode == 0, said
+    assert said.count("largest logit difference") == 1, "one process speaks for all"
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(rows[0]) == len(rows[1]) == 9
+    for one, two in zip(*rows, strict=True):
+        assert (one["phase"], one["tokens"]) == (two["phase"], two["tokens"])
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+    plans = [load_file(tmp_path / name / "plan.safetensors") for name in ("one", "two")]
+    for key in plans[0]:
+        one, two = (plan[key] for plan in plans)
+        assert torch.equal(one > 0, two > 0), key
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
+    for key in weights[0]:
+        torch.testing.assert_close(*(w[key] for w in weights), rtol=0, atol=1e-5, msg=key)
+
+
+def test_a_process_that_dies_stops_the_other_and_leaves_what_was_whole(checkpoint, data, tmp_path):
+    run = tmp_path / "run"
+    started = launch(checkpoint, data, run, batch_size=3, steps=100000)
+    try:
+        metrics = run / "metrics.jsonl"
+        for _ in range(1200):
+            if metrics.exists() and metrics.read_text().count("\n") >= 3:
+                break
+            assert started.poll() is None, started.communicate()[0]
+            time.sleep(0.1)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        second = next(c for c in children if b"RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes())
+        os.kill(int(second), signal.SIGKILL)
+    finally:
+        said = finish(started)
+    assert started.returncode != 0
+    assert all(json.loads(line)["stage"] == "prune" for line in metrics.read_text().splitlines())
+    assert "compresso: another process of this launch does not answer" in said or "compresso: terminated" in said
+    assert (run / "stopped" / "log_alpha.safetensors").exists(), said
+    assert load_file(run / "stopped" / "adapter_model.safetensors")
