@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test lint browser demo clean
 
 setup: $(VENV)/installed
 
@@ -19,7 +19,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# the tests look at the report in a real browser; where apt-get cannot bring it, they say what to install
+browser:
+	command -v chromedriver > /dev/null || { apt-get update -qq && apt-get install -yqq chromium chromium-driver; } > /dev/null || true
+
+test: lint browser
 	$(BIN)/python -m pytest -q
 
 demo: setup

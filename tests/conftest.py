@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from documents import WORDS, write_documents
 from tiny import tiny_model
 
 logging.set_verbosity_error()
@@ -22,7 +23,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<eos>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-WORDS = "the quick brown fox jumps over a lazy dog and then it rests under an old tree near the river".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +54,12 @@ def checkpoint(tmp_path_factory, tokenizer) -> Path:
     tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory) -> Path:
+    """A folder for --data-dir."""
+    return write_documents(tmp_path_factory.mktemp("local"))
 
 
 @pytest.fixture(scope="session")

@@ -129,3 +129,32 @@ def test_identical_records_still_leave_the_token_before_the_first_target():
     batch = collate([example, example])
     assert len(batch.prefix) == 39
     assert int((batch.labels[:, 1:] != IGNORE).sum()) == 2 * 17
+
+
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}",
+        "<|start|>system\nbe small<|end|>\n",
+    ),
+    "llama 3": (
+        "<bos>{% for m in messages %}<|start|>{{ m['role'] }}<|header|>\n\n{{ m['content'] }}<|end|>{% endfor %}",
+        "<bos><|start|>system<|header|>\n\nbe small<|end|>",
+    ),
+    "no system turn": (
+        "<bos>{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}",
+        "<bos><|start|>user\nbe small\n\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_the_system_turn_alone_ends_where_the_users_begins(tokenizer, kind):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>", "<|header|>"]})
+    other.chat_template, expected = TEMPLATES[kind]
+    encoder = Encoder(other, 256)
+    assert encoder.system_turn(CollaborativePrompt("mine", "be small\n\n", "chat")) == expected
+    assert encoder.system_turn(find_prompt("none", "chat")) == ""
+    ids = encoder.tokens_of_prefix(expected)
+    assert other.decode(ids) == expected

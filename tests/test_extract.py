@@ -10,7 +10,7 @@ from compresso import extract
 from compresso.families import FAMILIES
 from compresso.masks import gated
 from compresso.plan import Plan
-from compresso.prefix import for_rows, run_prefix
+from compresso.prefix import for_rows, run_prefix, with_cache
 from compresso.shape import count_prunable, describe, prunable_parameters, sparsity
 from tiny import random_plan, tiny_model
 
@@ -154,7 +154,7 @@ def test_tokens_that_follow_a_cached_prefix_see_all_of_it(model_type, groups, to
     whole = logits(smaller, torch.cat([prefix.expand(2, -1), token_ids], 1))[:, len(prefix) :]
     with torch.no_grad():
         cache = for_rows(run_prefix(smaller, prefix, smaller.config), 2)
-        parts = smaller(token_ids, past_key_values=cache, use_cache=True).logits
+        parts = smaller(token_ids, **with_cache(smaller, cache)).logits
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 

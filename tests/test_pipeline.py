@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import compresso
 from compresso import methods, plan, train
-from compresso.chat import chat
+from compresso.chat import chat, compare
 from compresso.families import FAMILIES
 from compresso.lagrangian import make_schedule
 from compresso.masks import Gates, Masks
 from compresso.shape import count_prunable, describe
-from compresso.workbench import Stopped
+from compresso.stopping import Stopped
 from tiny import tiny_model
 
 QUICK = {
@@ -166,7 +166,7 @@ def test_a_recovery_takes_every_kind_of_source(finished, monkeypatch):
 def test_an_interrupted_recovery_can_be_repeated(checkpoint, data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("compresso.pipeline._recover", lambda *_: (_ for _ in ()).throw(Stopped("interrupted")))
+        patch.setattr("compresso.pipeline._recover", lambda *_: (_ for _ in ()).throw(Stopped("interrupted", 130)))
         with pytest.raises(Stopped):
             compresso.prune(model=str(checkpoint), data=str(data), output=str(run), **QUICK)
     summary = compresso.recover(str(run))
@@ -220,6 +220,21 @@ def test_a_prompt_with_fields_travels_filled_in_and_is_used_by_chat(checkpoint, 
     assert asked[0].body == stored["body"]
     chat(str(tmp_path / "run"), "hello", prompt="none")
     assert asked[1].body == ""
+    compare(str(checkpoint), str(tmp_path / "run"), ["hello"])
+    assert [prompt.body for prompt in asked[2:]] == ["", stored["body"]], "each with the prompt that it carries"
+
+
+def test_two_models_answer_side_by_side(finished, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("compresso.chat.console.width", 200)
+    models = [str(checkpoint), str(finished)]
+    answers = compare(*models, ["say fox", "say [bold]dog"], max_new_tokens=5)
+    assert answers == [
+        tuple(chat(model, message, max_new_tokens=5) for model in models) for message in ("say fox", "say [bold]dog")
+    ]
+    shown = capsys.readouterr().out
+    assert "“say [bold]dog”" in shown
+    assert f"{checkpoint} (prompt: none)" in shown
+    assert "(prompt: short)" in shown
 
 
 def test_a_model_can_write_its_own_records(checkpoint, tmp_path):

@@ -65,3 +65,24 @@ def test_a_prompt_that_is_no_name_and_no_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="UTF-8"):
         find_prompt(str(tmp_path / "binary"), "chat")
     assert "none" in NAMES
+
+
+BEFORE_REQUESTS = {
+    ("long", False): "9e6bce650b518b9585394dc415f051e3ebaeb988d33011dba09c427568302263",
+    ("long", True): "94c9bed3ad9cee36d2c1c91a3f36a4349fd0fa7b8181efed4cc0082c425a61a1",
+    ("long-past", False): "ba1b9755807ffb329c7531b88151f4837ca8067a5d1f04e42b709d64f38e807c",
+    ("long-past", True): "46365da251c33c20646f674b5775364af4dbc2cc225bdb97456c6f6ae9c4ff25",
+    ("middle", False): "d12a21203b7325e6c66088fb267abf2246f30c1da148fa69816dcd00d0e5d593",
+    ("short", False): "2250075c1bd27addbe74467b29018f7b13870e611c6c3e52497108834d782564",
+}
+
+
+@pytest.mark.parametrize(("name", "few_shot"), BEFORE_REQUESTS)
+def test_texts_before_requests_are_published_byte_for_byte(name, few_shot):
+    text = find_prompt(name, "alpaca").before_request(few_shot)
+    assert hashlib.sha256(text.encode()).hexdigest() == BEFORE_REQUESTS[name, few_shot]
+
+
+def test_nothing_stands_before_a_request_without_a_prompt():
+    assert find_prompt("none", "alpaca").before_request() == ""
+    assert find_prompt("none", "alpaca").before_request(few_shot=True) == ""

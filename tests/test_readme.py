@@ -35,20 +35,25 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
-def test_commands(place, checkpoint, data, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
+def test_commands(place, checkpoint, data, local, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("compresso ")]
-    assert {line.split()[1] for line in commands} == {"prune", "recover", "chat"}
+    assert {line.split()[1] for line in commands} == {"prune", "recover", "evaluate", "compare", "report", "chat"}
     for line in commands:
         message = re.search(r'--message "(.*)"', line)
         words = re.sub(r' --message ".*"', "", line).split()[1:]
-        words = [{"1000": "2", "200": "1", "50": "3"}.get(word, word) for word in words]
+        words = [{"1000": "2", "200": "1", "100": "2", "50": "3"}.get(word, word) for word in words]
         for flag, value in (("--model", checkpoint), ("--data", data)):
             if flag in words:
                 words[words.index(flag) + 1] = str(value)
         if words[0] == "prune":
             words += QUICK
+        if words[0] in ("evaluate", "compare"):
+            words = [str(checkpoint) if word == "demo" else word for word in words]
+        if words[0] == "evaluate":
+            words += ["--data-dir", str(local), "--device", "cpu"]
         if message:
             words += ["--message", message[1], "--max-new-tokens", "5"]
         assert main(words) == 0, (line, capsys.readouterr().err)

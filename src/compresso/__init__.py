@@ -1,6 +1,6 @@
 """Compresso: make large language models physically smaller.
 
-`prune` and `recover` do what the commands of the same name do; the rest are the parts.
+`prune`, `recover` and `evaluate` do what the commands of the same name do; the rest are the parts.
 Importing this package lets `AutoModelForCausalLM.from_pretrained` load checkpoints whose
 layers differ in width, without remote code.
 """
@@ -12,4 +12,12 @@ from compresso.pipeline import prune, recover
 from compresso.plan import Plan
 from compresso.shape import describe
 
-__all__ = ["Plan", "PruneConfig", "describe", "extract", "load", "prune", "recover"]
+__all__ = ["Plan", "PruneConfig", "describe", "evaluate", "extract", "load", "prune", "recover"]
+
+
+def __getattr__(name: str):
+    if name == "evaluate":  # lm-eval takes seconds to import, and is not always installed
+        from compresso.evaluation import evaluate
+
+        return evaluate
+    raise AttributeError(f"module 'compresso' has no attribute {name!r}")

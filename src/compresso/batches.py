@@ -1,6 +1,7 @@
 """Records -> token batches: templates, labels on response tokens only, truncation, the shared prefix."""
 
 import itertools
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from compresso.prompts import CollaborativePrompt
 from compresso.records import Record
 
 IGNORE = -100  # the label of a token that is no target
+MARK = "\u2047"  # stands for the user's words while a chat template is taken apart
 SHARED_PREFIX_FROM = 16  # tokens; below this, sharing costs more than it saves
 
 
@@ -141,6 +143,25 @@ class Encoder:
             text = prompt.instruction(message)
         else:
             text = self.render([{"role": "user", "content": message}], prompt, generate=True)
+        return self.tokens_of_prefix(text)
+
+    def system_turn(self, prompt: CollaborativePrompt) -> str:
+        """The prompt as the chat template writes it, up to where the next turn begins; nothing without a prompt.
+
+        A template that puts it into the user's turn gives all that stands before the user's words.
+        """
+        if prompt.system is None:
+            return ""
+        before = self.render([{"role": "user", "content": MARK}], prompt, generate=False).partition(MARK)[0]
+        end = before.index(prompt.system) + len(prompt.system)
+        special = {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())} - {""}
+        starts = sorted({m.start() for token in special for m in re.finditer(re.escape(token), before[end:])})
+        return before[: end + starts[1]] if len(starts) > 1 else before
+
+    def tokens_of_prefix(self, text: str) -> list[int]:
+        """Tokens of a text that others follow."""
+        if not text:
+            return []
         return self._drop_final(self.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"])
 
     def _tokens(self, prefix: str, response: str) -> tuple[list[int], list[int]]:

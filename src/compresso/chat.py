@@ -1,12 +1,71 @@
-"""Ask a model something, with the collaborative prompt that it carries."""
+"""Ask a model something, with the collaborative prompt that it carries; ask two the same."""
 
-from pathlib import Path
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso import checkpoint
 from compresso.batches import Encoder
-from compresso.evaluate import answer
 from compresso.prompts import CollaborativePrompt, find_prompt
-from compresso.workbench import console
+from compresso.workbench import console, release_memory, status
+
+
+class Opened(NamedTuple):
+    """A model that can be asked something."""
+
+    model: PreTrainedModel
+    encoder: Encoder
+    prompt: CollaborativePrompt
+
+
+def open_model(model: str, prompt: str | None = None) -> Opened:
+    """Load a run folder, a checkpoint, a .gguf file or a hub id, with its own prompt or another."""
+    with status(f"loading {model}"):
+        loaded, tokenizer = checkpoint.load(checkpoint.of_run(model))
+    encoder = Encoder(tokenizer, max_length=0, context=getattr(loaded.config, "max_position_embeddings", None))
+    return Opened(loaded, encoder, prompt_for(loaded, tokenizer, prompt))
+
+
+def prompt_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None, form: str = "auto"
+) -> CollaborativePrompt:
+    """The prompt called `name`, or the one that the checkpoint carries, or none.
+
+    `form` is the placement; auto: the stored one, else chat where the tokenizer has a template.
+    """
+    stored = checkpoint.prompt_of(model)
+    if form == "auto":
+        form = stored.format if stored else "chat" if tokenizer.chat_template else "alpaca"
+    if form == "chat" and not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; use --prompt-format alpaca")
+    if name is not None:
+        return find_prompt(name, form)
+    return replace(stored, format=form) if stored else find_prompt("none", form)
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, encoder: Encoder, prompt: CollaborativePrompt, message: str, max_new_tokens: int = 64
+) -> str:
+    """The model's greedy answer to one question."""
+    message = message.encode("utf-8", "replace").decode()  # a terminal may pass half a surrogate pair
+    ids = torch.tensor([encoder.question(message, prompt)], device=model.device)
+    tokenizer = encoder.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    room = max(1, min(max_new_tokens, (encoder.context or 10**9) - ids.shape[1]))
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=room,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def chat(model: str, message: str | None = None, prompt: str | None = None, max_new_tokens: int = 256) -> str | None:
@@ -15,17 +74,9 @@ def chat(model: str, message: str | None = None, prompt: str | None = None, max_
     `model` is a run folder, a checkpoint or a hub id. `prompt` replaces the stored
     collaborative prompt, by name or file.
     """
-    folder = Path(model) / "model"
-    loaded, tokenizer = checkpoint.load(str(folder) if folder.is_dir() else model)
-    form = "chat" if tokenizer.chat_template else "alpaca"
-    stored = checkpoint.prompt_of(loaded)
-    if prompt is not None:
-        used = find_prompt(prompt, stored.format if stored else form)
-    else:
-        used = stored or CollaborativePrompt("none", "", form)
-    encoder = Encoder(tokenizer, max_length=0, context=getattr(loaded.config, "max_position_embeddings", None))
+    opened = open_model(model, prompt)
     if message is not None:
-        reply = answer(loaded, encoder, used, message, max_new_tokens)
+        reply = answer(*opened, message, max_new_tokens)
         console.print(reply, markup=False)
         return reply
     console.print("An empty line ends the conversation; every question stands alone.")
@@ -36,4 +87,29 @@ def chat(model: str, message: str | None = None, prompt: str | None = None, max_
             return None
         if not message:
             return None
-        console.print(answer(loaded, encoder, used, message, max_new_tokens), markup=False)
+        console.print(answer(*opened, message, max_new_tokens), markup=False)
+
+
+def compare(
+    first: str, second: str, messages: list[str], prompt: str | None = None, max_new_tokens: int = 128
+) -> list[tuple[str, str]]:
+    """Print the answers of two models to the same messages side by side, and return them.
+
+    One model is in memory at a time; each is asked with the prompt that it carries, or with `prompt`.
+    """
+    columns, headings = [], []
+    for model in (first, second):
+        opened = open_model(model, prompt)
+        headings.append(f"{model} (prompt: {opened.prompt.name})")
+        with status(f"{model} answers"):
+            columns.append([answer(*opened, message, max_new_tokens) for message in messages])
+        del opened
+        release_memory()
+    answers = list(zip(*columns, strict=True))
+    for message, pair in zip(messages, answers, strict=True):
+        table = Table(title=Text(f"“{message}”"), show_lines=True)
+        for heading in headings:
+            table.add_column(Text(heading), ratio=1)
+        table.add_row(*map(Text, pair))
+        console.print(table)
+    return answers

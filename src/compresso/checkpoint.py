@@ -26,19 +26,27 @@ BAD_CONFIG = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 BAD_WEIGHTS = (*BAD_CONFIG, AssertionError, RuntimeError, SafetensorError)
 
 
-def load(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model of a supported family and its tokenizer, in `dtype` or the stored one.
+def of_run(model: str) -> str:
+    """The checkpoint that a name means: a run folder's own, else the name as it is."""
+    inner = Path(model) / "model"
+    return str(inner) if inner.is_dir() and not (Path(model) / "config.json").exists() else model
 
-    `model` is a folder, a .gguf file, a hub id or `demo`. Raises FileNotFoundError or
-    ValueError, with what was found and what to do, for everything that cannot be loaded.
+
+def find(model: str, any_family: bool = False) -> str:
+    """Where a model lies: the name of a folder, a .gguf file or a hub id, after a look at its config.
+
+    `model` is one of these or `demo`. Raises FileNotFoundError or ValueError for what can be
+    known to be unusable without its weights.
     """
     if model == "demo":
-        model = str(demo.model_file())
+        return str(demo.model_file())
     path = Path(model)
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        return model
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, any_family)
     elif path.exists():
         raise ValueError(f"{path} is a file; expected a checkpoint folder, a .gguf file or a hub id")
     elif model.count("/") > 1 or model.startswith((".", "/", "~")):
@@ -47,8 +55,23 @@ def load(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel,
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except BAD_CONFIG as error:
         raise _unreadable(model, path.is_dir(), error) from error
-    family_of(config.model_type)
-    _refuse_quantised(model, config)
+    if not any_family:
+        family_of(config.model_type)
+        _refuse_quantised(model, config)
+    return model
+
+
+def load(
+    model: str, dtype: torch.dtype | None = None, any_family: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model of a supported family, or of any, and its tokenizer, in `dtype` or the stored one.
+
+    Raises FileNotFoundError or ValueError, with what was found and what to do, for
+    everything that cannot be loaded.
+    """
+    model = find(model, any_family)
+    if model.endswith(".gguf"):
+        return _load_gguf(Path(model), dtype, any_family)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -72,7 +95,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, any_family: bool) -> None:
     """Say what is wrong with a folder before transformers tries it."""
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
@@ -85,7 +108,8 @@ def _check_folder(folder: Path) -> None:
         model_type = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged or names no model_type: {_first_line(error)}") from error
-    family_of(str(model_type))
+    if not any_family:
+        family_of(str(model_type))
     if not any(folder.glob("*.safetensors")):
         pickles = [file.name for pattern in PICKLED for file in folder.glob(pattern)]
         if pickles:
@@ -113,10 +137,10 @@ def _refuse_incomplete(model: str, info: dict) -> None:
         raise ValueError(f"{model} lacks weights that its config asks for, the first is {lacking[0]}")
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(
+    path: Path, dtype: torch.dtype | None, any_family: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file into a stock model, stored as bfloat16 unless `dtype` says otherwise."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
@@ -132,7 +156,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         config = AutoConfig.from_pretrained(where, gguf_file=name)
     except Exception as error:  # the parser meets a torn file with whatever numpy or struct raise
         raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
-    family_of(config.model_type)
+    if not any_family:
+        family_of(config.model_type)
     scaled = [key for key in reader.fields if ".rope.scaling." in key]
     if scaled or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         raise ValueError(

@@ -4,18 +4,22 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from compresso.config import PruneConfig, nearest, read_yaml
+from compresso.config import EvaluateConfig, PruneConfig, nearest, read_yaml
+from compresso.stopping import INTERRUPTED, TERMINATED, Stopped, Terminated, raise_on_sigterm
 
 OVERVIEW = """\
 Compresso makes large language models physically smaller.
 
   compresso prune --model demo --output runs/first        prune, recover, check, save
   compresso recover runs/first --recover-steps 1000       train the smaller model again
+  compresso evaluate demo runs/first --suite quick        measure it, and compare with another
+  compresso compare demo runs/first --message "Hello"     answers side by side
+  compresso report runs/first                             a page with pictures
   compresso chat runs/first --message "Who are you?"      ask it something
 
 `compresso COMMAND --help` tells the settings of a command."""
@@ -42,11 +46,43 @@ Ask a model, with the collaborative prompt that it carries.
   compresso chat runs/demo --message "What is a lake?"
   compresso chat runs/demo --prompt none"""
 
+EVALUATE = """\
+Measure models on suites of tasks by lm-eval, and compare them on the same documents.
+
+  compresso evaluate demo runs/demo --suite quick --limit 200
+  compresso evaluate demo runs/demo --suite paper,perplexity --data-dir my-data --limit 100
+  compresso evaluate runs/demo --suite arc_easy,wikitext2@512 --prompt none --output no-prompt.json
+
+Models are run folders, checkpoint folders, .gguf files or hub ids; the first is what the
+others are compared with. An interrupted evaluation goes on where it stopped.
+docs/evaluation.md tells what a suite measures."""
+
+COMPARE = """\
+Ask two models the same, and print their answers side by side.
+
+  compresso compare demo runs/demo --message "What is a lake?"
+  compresso compare demo runs/demo --message "What is a lake?" "Why is the sky blue?" """
+
+REPORT = """\
+Write a page with pictures about one run or several, report.html, and the pictures as PNGs.
+
+  compresso report runs/demo
+  compresso report runs/demo runs/demo-30 --output comparison.html"""
+
 Run = Annotated[str, tyro.conf.Positional]
+Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+Models = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help="what to measure")]
 
 
 class _Flags(PruneConfig):
     """The settings before they are checked, so that the parser does not print our messages in its own way."""
+
+    def __post_init__(self):
+        pass
+
+
+class _EvaluateFlags(EvaluateConfig):
+    """The same for evaluate."""
 
     def __post_init__(self):
         pass
@@ -125,7 +161,62 @@ def _chat(args: list[str]) -> None:
     chat(*given)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"prune": _prune, "recover": _recover, "chat": _chat}
+def _evaluate(args: list[str]) -> None:
+    def settings(models: Models, /, config: Annotated[_EvaluateFlags, tyro.conf.arg(name="")]) -> Any:
+        return models, config
+
+    models, flags = tyro.cli(settings, args=args, prog="compresso evaluate", description=EVALUATE)
+    config = EvaluateConfig(**vars(flags))
+    from compresso.evaluation import evaluate
+
+    evaluate(models, config)
+
+
+def _compare(args: list[str]) -> None:
+    def settings(
+        first: Run, second: Run, /, message: list[str], prompt: str | None = None, max_new_tokens: int = 128
+    ) -> tuple[str, str, list[str], str | None, int]:
+        """
+        Args:
+            first: Run folder, checkpoint folder, .gguf file or hub id.
+            second: Another one.
+            message: What to ask, one message or several.
+            prompt: Collaborative prompt for both instead of the stored ones: long, middle, short, none, or a file.
+            max_new_tokens: Longest answer, in tokens.
+        """
+        return first, second, message, prompt, max_new_tokens
+
+    given = tyro.cli(settings, args=args, prog="compresso compare", description=COMPARE)
+    from compresso.chat import compare
+
+    compare(*given)
+
+
+def _report(args: list[str]) -> None:
+    def settings(runs: Runs, /, output: str | None = None) -> tuple[list[str], str | None]:
+        """
+        Args:
+            runs: Run folders.
+            output: Page to write; report.html in the first run folder unless given.
+        """
+        return runs, output
+
+    runs, output = tyro.cli(settings, args=args, prog="compresso report", description=REPORT)
+    from compresso.report import report
+    from compresso.workbench import console
+
+    page = report(runs, output)
+    console.print(f"written to {page}, its pictures to {page.parent / 'report'}", markup=False, highlight=False)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "prune": _prune,
+    "recover": _recover,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "report": _report,
+    "chat": _chat,
+}
 
 
 def _take(args: list[str], flag: str, has_value: bool) -> tuple[list[str], str | None]:
@@ -156,9 +247,13 @@ def _listed(args: list[str], flags: tuple[str, ...]) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; the return value is the exit code (0 done, 2 a user's mistake, 1 ours, 130 stopped)."""
+    """Run one command; the return value is the exit code.
+
+    0 done, 2 a user's mistake, 1 ours, 3 diverged, 4 another process gone, 130 Ctrl-C, 143 SIGTERM.
+    """
     args = sys.argv[1:] if args is None else args
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could act on
+    raise_on_sigterm()
     errors = Console(stderr=True)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(OVERVIEW + "\n")
@@ -175,14 +270,14 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        errors.print("compresso: interrupted; what the run folder holds so far is kept")
-        return 130
+    except KeyboardInterrupt as error:
+        ended = isinstance(error, Terminated)
+        how = "terminated" if ended else "interrupted"
+        errors.print(f"compresso: {how}; what the run folder holds so far is kept")
+        return TERMINATED if ended else INTERRUPTED
     except RuntimeError as error:
-        from compresso.workbench import Stopped
-
         errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
-        return (130 if "interrupted" in str(error) else 3) if isinstance(error, Stopped) else 1
+        return error.exit_code if isinstance(error, Stopped) else 1
     return 0
 
 

@@ -171,6 +171,63 @@ class PruneConfig:
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to measure, on what, and how."""
+
+    suite: str = "quick"
+    """paper, commonsense, reading, mmlu, bbh, llm-pruner, perplexity, quick, TEXT@WINDOW (wikitext2, ptb, c4), or
+    any task, group or tag of lm-eval; comma-separated."""
+    data_dir: str | None = None
+    """Folder of local documents instead of the hub: no network is needed (docs/evaluation.md tells the names)."""
+    limit: int | None = None
+    """Documents a task (the first ones), and 512 tokens of a text for each; all by default."""
+    prompt: str | None = None
+    """Collaborative prompt: long, long-past, middle, short, none, or a text file; by default the one that a
+    checkpoint carries."""
+    prompt_format: Literal["auto", "chat", "alpaca"] = "auto"
+    """Placement of the prompt: system turn of the chat template, or as the paper; auto: as the checkpoint says."""
+    chat_template: bool = False
+    """Put requests into turns of the chat template."""
+    batch_size: str = "auto"
+    """Requests at once; auto: as many as fit on a GPU, 8 on a CPU."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format; auto: the stored one where the hardware multiplies it natively, else fp32."""
+    output: str | None = None
+    """File to write, .json; a table goes beside it as .md. By default eval.json in the first run folder, or here."""
+    cost: bool = True
+    """Measure size, speed, latency and memory as well, the models in turn."""
+    cost_batch: int = 1
+    """Rows at once when the cost is measured."""
+    cost_context: int = 256
+    """Tokens of each row before the first new token when the cost is measured."""
+
+    def __post_init__(self):
+        if not [name for name in self.suite.split(",") if name.strip()]:
+            raise ValueError("--suite names nothing")
+        for name in ("limit", "cost_batch", "cost_context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        object.__setattr__(self, "batch_size", str(self.batch_size))
+        if self.batch_size != "auto" and not (self.batch_size.isdigit() and int(self.batch_size)):
+            raise ValueError(f"batch_size must be a number of at least 1, or auto, got {self.batch_size!r}")
+        if self.output is not None and Path(self.output).suffix != ".json":
+            raise ValueError(f"output must be a .json file, got {self.output!r}")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise FileNotFoundError(f"no folder {self.data_dir} (--data-dir)")
+
+    @property
+    def asked(self) -> list[str]:
+        return [name.strip() for name in self.suite.split(",") if name.strip()]
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.data_dir) if self.data_dir is not None else None
+
+
 def nearest(name: str, known) -> str:
     """A hint that names the most similar known word, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -39,11 +39,12 @@ class NoAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
+    def forward(self, hidden_states, past_key_values=None, cache=None, **kwargs):
+        cache = past_key_values if cache is None else cache  # renamed in transformers 5.24
+        if cache is not None:
             batch, tokens = hidden_states.shape[:2]
             count = hidden_states.new_zeros(batch, 1, tokens, 1)
-            past_key_values.update(count, count, self.layer_idx)
+            cache.update(count, count, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 

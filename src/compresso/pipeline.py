@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compresso import checkpoint
 from compresso import plan as plans
+from compresso.chat import answer
 from compresso.config import PruneConfig, read_yaml
-from compresso.evaluate import answer, mean_loss, speeds
+from compresso.cost import measure_costs
 from compresso.extract import extract
 from compresso.masks import gated
 from compresso.methods import METHODS, add_lora, inside, merge
+from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import prepare, read_records, versions
 from compresso.shape import count_prunable, describe, prunable_parameters
@@ -34,7 +36,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
 
     Settings are those of `PruneConfig`, by name. Everything that can be wrong with them,
     the checkpoint or the data is raised, as FileNotFoundError or ValueError, before the
-    run folder is touched; workbench.Stopped tells what a run that ended early has kept.
+    run folder is touched; stopping.Stopped tells what a run that ended early has kept.
     """
     config = replace(config, **settings) if config else PruneConfig(**settings)
     began = time.perf_counter()
@@ -43,13 +45,14 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     dense["bytes"] = sum(p.numel() for p in bench.model.parameters()) * bench.facts["stored_dtype"].itemsize
     shape = describe(bench.model)
     model, plan = METHODS[config.method](bench)
-    plans.save(plan, bench.folder, {"method": config.method, "model": config.model, "seed": config.seed})
+    if bench.writes:
+        plans.save(plan, bench.folder, {"method": config.method, "model": config.model, "seed": config.seed})
     smaller, difference = _extract_checked(bench, model, plan)
     with status("measuring tokens/s, dense and pruned in turn"):
         dtype = compute_dtype(config.precision, bench.accelerator.device)
         checkpoint.cast(model, dtype)
         checkpoint.cast(smaller, dtype)
-        speed = speeds({"before": model, "after": smaller})
+        cost = measure_costs({"before": model, "after": smaller})
     bench.model = model = smaller  # the dense weights are not needed any more
     release_memory()
     cut = _score(bench, smaller, plan.sparsity)
@@ -66,9 +69,9 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
         "logit_differences": {"gated_extracted": difference},
         "loss": {"dense": dense["loss"], "cut": cut["loss"]},
         "perplexity": {"dense": dense["perplexity"], "cut": cut["perplexity"]},
-        "perplexity_window": bench.windows[0].ids.shape[1],
+        "perplexity_window": bench.windows.shape[1],
         "sample": {"question": config.sample, "dense": dense["answer"], "cut": cut["answer"]},
-        "speed": speed,
+        "cost": cost,
         "kept_gates": bench.facts.get("kept_gates"),
         "hidden_size": {"before": shape.hidden_size, "after": len(plan.keep["hidden"][0])},
         "widths": plan.widths(),
@@ -77,12 +80,13 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     }
     _save_checked(bench, smaller, bench.folder / "cut", summary)
     summary["seconds"] = time.perf_counter() - began
-    _write(summary, bench.folder)  # so that a recovery that stops can be repeated
+    _write(bench, summary)  # so that a recovery that stops can be repeated
     if config.recover_steps:
         smaller = _recover(bench, smaller, plan, summary)
         _save_checked(bench, smaller, bench.folder / "model", summary)
     else:
-        shutil.copytree(bench.folder / "cut", bench.folder / "model", dirs_exist_ok=True)
+        if bench.writes:
+            shutil.copytree(bench.folder / "cut", bench.folder / "model", dirs_exist_ok=True)
         for key in ("loss", "perplexity", "sample"):
             summary[key]["recovered"] = summary[key]["cut"]
     summary["seconds"] = time.perf_counter() - began
@@ -113,7 +117,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
         bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
     summary["recovery"] = {**settings, "further": further}
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
-    if not further:
+    if not further and bench.writes:
         _drop_recovery(folder / "metrics.jsonl")
     model = _recover(bench, bench.model, plan, summary)
     _save_checked(bench, model, folder / "model", summary)
@@ -123,10 +127,9 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
 def _score(bench: Workbench, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
     """Loss on held-out records, perplexity on held-out text, one answer."""
     with status("measuring loss and perplexity"):
-        nats = mean_loss(model, bench.windows)
         return {
             "loss": mean_loss(model, bench.validation(sparsity)),
-            "perplexity": float(torch.tensor(nats, dtype=torch.float64).exp()),
+            "perplexity": perplexity(window_nats(model, bench.windows)),
             "answer": answer(model, bench.encoder, bench.prompt_at(sparsity), bench.config.sample),
         }
 
@@ -134,7 +137,7 @@ def _score(bench: Workbench, model: PreTrainedModel, sparsity: float) -> dict[st
 @torch.no_grad()
 def _extract_checked(bench: Workbench, model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, float]:
     """Extract in float32; raise RuntimeError unless it computes what the gated model computed."""
-    ids = bench.windows[0].ids[:1, :128].to(model.device)
+    ids = bench.windows[:1, :128].to(model.device)
     with status("extracting the smaller model, and comparing it with the gated one"):
         with gated(model, plan.shape, plan.gates):
             expected = model(ids).logits
@@ -150,14 +153,17 @@ def _extract_checked(bench: Workbench, model: PreTrainedModel, plan: Plan) -> tu
 
 @torch.no_grad()
 def _save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
-    """Save in the dtype of the original, reload as a stranger would, compare logits."""
+    """Save in the dtype of the original, reload as a stranger would, compare logits; one process does it for all."""
+    if not bench.writes:
+        bench.accelerator.wait_for_everyone()
+        return
     with status(f"saving {folder}, and comparing what loads with what was saved"):
         working = model.dtype
         checkpoint.cast(model, bench.facts["stored_dtype"])
         prompt = bench.prompt_at(summary["sparsity"])
         card = checkpoint.model_card(model, bench.config.model, prompt, _card_facts(summary))
         checkpoint.save(model, bench.tokenizer, prompt, folder, card)
-        ids = bench.windows[0].ids[:1, :128].to(model.device)
+        ids = bench.windows[:1, :128].to(model.device)
         checkpoint.cast(model, torch.float32)
         expected = model(ids).logits
         reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
@@ -166,6 +172,7 @@ def _save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summar
         summary["logit_differences"][f"{folder.name}_reloaded"] = difference
         summary["max_logit_difference"] = max(summary["logit_differences"].values())
         checkpoint.cast(model, working)
+    bench.accelerator.wait_for_everyone()
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: str) -> float:
@@ -208,16 +215,32 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
 def _finish(bench: Workbench, summary: dict[str, Any]) -> dict[str, Any]:
     summary["bytes"]["after"] = checkpoint.weight_bytes(bench.folder / "model")
     summary["peak_memory_bytes"] = _peak_memory(bench.accelerator.device)
-    _write(summary, bench.folder)
+    _write(bench, summary)
     bench.accelerator.end_training()
     show(summary, bench.folder, console)
+    if bench.writes:
+        _report(bench.folder)
     return summary
 
 
-def _write(summary: dict[str, Any], folder: Path) -> None:
-    partial = folder / "summary.json.partial"
+def _report(folder: Path) -> None:
+    """Write the page of the run; the run is whole without it."""
+    from compresso.report import report  # matplotlib takes a second to import
+
+    try:
+        with status("writing the report"):
+            page = report([folder])
+        console.print(f"The report is {page}", markup=False, highlight=False)
+    except (ValueError, OSError) as error:
+        console.print(f"No report was written: {error}", markup=False, highlight=False)
+
+
+def _write(bench: Workbench, summary: dict[str, Any]) -> None:
+    if not bench.writes:
+        return
+    partial = bench.folder / "summary.json.partial"
     partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.rename(folder / "summary.json")
+    partial.rename(bench.folder / "summary.json")
 
 
 def _drop_recovery(metrics: Path) -> None:

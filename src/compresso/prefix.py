@@ -1,16 +1,26 @@
 """Tokens that many rows begin with: run once, their keys and values shared by all."""
 
 import copy
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
 
+def with_cache(model: nn.Module, cache: DynamicCache | None) -> dict[str, Any]:
+    """Arguments of `model`'s forward that make it use this cache, or none."""
+    if cache is None:
+        return {"use_cache": False}
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}  # renamed in 5.24
+
+
 def run_prefix(decoder: nn.Module, ids: Tensor, config: PreTrainedConfig) -> DynamicCache:
     """Keys and values of the tokens `ids` (P,), for one row. Gradients flow where they are enabled."""
     cache = DynamicCache(config=config)
-    decoder(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    decoder(input_ids=ids[None], **with_cache(decoder, cache))
     return cache
 
 

@@ -70,6 +70,12 @@ RAW_TEXT_TAIL = (
     "mentioned above and proceed with the text completion accordingly.\n\n###Input:\n"
 )
 
+MMLU_SENTENCE = (
+    " Please take full consideration of the System Instruction mentioned above, and then appropriately answer the "
+    "questions."
+)
+"""Follows MMLU's own introduction where a prompt stands before it."""
+
 NAMES = (*BODIES, "none")
 
 
@@ -105,6 +111,19 @@ class CollaborativePrompt:
     def raw_text(self) -> str:
         """The text before plain text that is to be continued; nothing without a prompt."""
         return self._head + RAW_TEXT_TAIL if self.body else ""
+
+    def before_request(self, few_shot: bool = False) -> str:
+        """The text before a request of a benchmark in the paper's form; nothing without a prompt.
+
+        As lm_eval/models/compresso.py of the published code has it; for MMLU and BBH (`few_shot`)
+        the body without its header, as instruct-eval/mmlu.py and bbh.py there.
+        """
+        if not self.body:
+            return ""
+        if few_shot:
+            return self.body.rstrip("\n") + "\n\n"
+        tail = _SHORT[1] if self.name == "short" else _FULL[0] if self.name == "middle" else _FULL[1]
+        return self._head + tail.partition("\n\n")[0] + "\n\n###Input:\n"
 
     @property
     def _head(self) -> str:

@@ -31,7 +31,7 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
         dense, cut, recovered = (summary[key][stage] for stage in ("dense", "cut", "recovered"))
         table.add_row(name, f"{dense:.3f}", f"{cut:.3f}", f"{recovered:.3f}", f"{100 * (recovered / dense - 1):+.1f}%")
     for kind in ("prefill", "decode"):
-        before, after = (summary["speed"][stage][kind]["median"] for stage in ("before", "after"))
+        before, after = (summary["cost"][stage][f"{kind}_tokens_per_second"]["median"] for stage in ("before", "after"))
         table.add_row(
             f"tokens/s, {kind}",
             f"{before:,.0f}",

@@ -1,0 +1,258 @@
+"""`compresso evaluate` from end to end: the contract of eval.json, suites, resuming, and what can be wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import compresso
+from compresso import evaluation, measure
+from compresso.cli import main
+from compresso.extract import extract
+from compresso.measure import settings_of
+from compresso.suites import SUITES
+from tiny import random_plan, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory, tokenizer):
+    """A dense checkpoint with room for prompts, and a pruned one that carries a prompt."""
+    folder = tmp_path_factory.mktemp("two")
+    dense = tiny_model("llama", max_position_embeddings=4096)
+    smaller = extract(dense, random_plan(dense))
+    smaller.config.collaborative_prompt = {"name": "short", "body": "You are being pruned.\n\n", "format": "alpaca"}
+    for name, model in (("dense", dense), ("pruned", smaller)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "pruned", folder / "dense"
+
+
+@pytest.fixture
+def run(two, local, tmp_path):
+    """Evaluate both models into a fresh file."""
+
+    def evaluate(suite, models=two, **settings):
+        settings = {
+            "data_dir": str(local),
+            "limit": 4,
+            "cost": False,
+            "output": str(tmp_path / "eval.json"),
+            **settings,
+        }
+        return compresso.evaluate([str(model) for model in models], suite=suite, device="cpu", **settings)
+
+    evaluate.output = tmp_path / "eval.json"
+    return evaluate
+
+
+def test_the_contract(run, two):
+    found = run("commonsense,wikitext2@64,c4@64", cost=True)
+    assert json.loads(run.output.read_text()) == found
+    pruned, dense = (found["results"][str(model)] for model in two)
+    for task in SUITES["commonsense"]:
+        for name, entries in (("short", pruned), ("none", dense)):
+            entry = entries[task]
+            assert {"metric", "value", "stderr", "n", "shots", "version", "prompt"} <= set(entry)
+            assert (entry["metric"], entry["n"], entry["shots"], entry["prompt"]) == ("acc", 4, 0, name)
+            scores = entry["metrics"]["acc"]["scores"]
+            assert entry["value"] == pytest.approx(sum(scores) / 4)
+    assert pruned["wikitext2@64"]["prompt"] == "none"
+    average = found["averages"][str(two[1])]["commonsense"]
+    assert average["value"] == pytest.approx(sum(dense[t]["value"] for t in SUITES["commonsense"]) / 7)
+    rows = {row["task"]: row for row in found["comparisons"]}
+    assert set(rows) == {*SUITES["commonsense"], "wikitext2@64", "c4@64", "commonsense"}
+    assert rows["piqa"]["difference"] == pytest.approx(dense["piqa"]["value"] - pruned["piqa"]["value"])
+    nats = [sum(e["wikitext2@64"]["metrics"]["perplexity"]["scores"]) / e["wikitext2@64"]["n"] for e in (pruned, dense)]
+    assert rows["wikitext2@64"]["difference"] == pytest.approx(nats[1] - nats[0])
+    assert found["cost"][str(two[0])]["parameters"] < found["cost"][str(two[1])]["parameters"]
+    table = run.output.with_suffix(".md").read_text()
+    for word in (
+        "piqa",
+        "mean of commonsense",
+        "0 shots",
+        "window 64",
+        "lm-eval 0.4",
+        "seed",
+        "prompt short",
+        "first token",
+    ):
+        assert word in table, word
+
+
+def test_groups_few_shot_and_generation(run, two, capsys):
+    found = run("mmlu,bbh", limit=3)
+    entries = found["results"][str(two[0])]
+    assert entries["mmlu_anatomy"]["shots"] == 5
+    assert entries["bbh_fewshot_snarks"]["shots"] == 3
+    assert entries["mmlu"]["n"] == 6
+    assert entries["mmlu"]["value"] == pytest.approx(
+        (entries["mmlu_anatomy"]["value"] + entries["mmlu_astronomy"]["value"]) / 2
+    )
+    assert entries["bbh_fewshot_snarks"]["metric"] == "exact_match,strip"
+    assert "mmlu" in found["left_out"]
+    assert "mmlu/" in found["left_out"]["mmlu"]
+    assert "left out: mmlu" in capsys.readouterr().out
+    assert {row["task"] for row in found["comparisons"]} >= {"mmlu", "mmlu_anatomy", "bbh_fewshot_snarks"}
+
+
+def test_what_is_known_is_not_measured_again(run, two, monkeypatch):
+    first = run("piqa,arc_easy")
+    calls = []
+    real = measure.measure
+    monkeypatch.setattr(evaluation, "measure", lambda *args: calls.append(args[1].name) or real(*args))
+    assert run("piqa,arc_easy") == first
+    assert calls == []
+    run("piqa,boolq")
+    assert calls == ["boolq", "boolq"]
+    calls.clear()
+    found = run("piqa", prompt="none")
+    assert calls == ["piqa"], "only the pruned model had been asked with a prompt"
+    assert set(found["results"][str(two[0])]) == {"piqa", "arc_easy", "boolq"}
+    calls.clear()
+    run("piqa", prompt="none", limit=3)
+    assert calls == ["piqa", "piqa"]
+
+
+def test_other_weights_under_the_same_name_are_measured_again(run, two, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(two[1], own)
+    before = run("c4@64,arc_easy", models=[own])["results"][str(own)]
+    model = tiny_model("llama", seed=5, max_position_embeddings=4096)
+    model.save_pretrained(own)
+    after = run("c4@64", models=[own])["results"][str(own)]
+    assert set(after) == {"c4@64"}, "figures of the old weights are gone"
+    assert after["c4@64"]["value"] != before["c4@64"]["value"]
+
+
+def test_interrupted_it_goes_on(run, monkeypatch, two):
+    real = measure.measure
+
+    def stops(subject, wanted, *args):
+        if wanted.name == "boolq":
+            raise KeyboardInterrupt
+        return real(subject, wanted, *args)
+
+    monkeypatch.setattr(evaluation, "measure", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("piqa,boolq,arc_easy")
+    kept = json.loads(run.output.read_text())["results"]
+    assert list(kept[str(two[0])]) == ["piqa"]
+    calls = []
+    monkeypatch.setattr(evaluation, "measure", lambda *args: calls.append(args[1].name) or real(*args))
+    run("piqa,boolq,arc_easy")
+    assert calls == ["boolq", "arc_easy", "piqa", "boolq", "arc_easy"]
+
+
+def test_one_bad_file_loses_nothing_else(run, local, tmp_path, two):
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(local, spoiled)
+    (spoiled / "boolq.jsonl").write_text('{"wrong": "columns"}\n' * 3)
+    with pytest.raises(ValueError, match=r"not measured: boolq: .*\. The rest is in .*eval.json"):
+        run("piqa,boolq,arc_easy", data_dir=str(spoiled))
+    found = json.loads(run.output.read_text())
+    assert set(found["results"][str(two[0])]) == {"piqa", "arc_easy"}
+    assert "boolq" in found["left_out"]
+
+
+def test_the_papers_prompt_stands_before_requests_and_in_mmlus_introduction(run, two, monkeypatch):
+    """In the paper's form: with its header and tail, for MMLU without them but with a sentence in the introduction."""
+    seen = {}
+    real = measure.run_task
+
+    def spy(lm, task, *args, **kwargs):
+        samples, results = real(lm, task, *args, **kwargs)
+        request = samples[0]["arguments"][0][0]
+        seen[task.task_name] = lm.tokenizer.decode(lm.prefix), request
+        return samples, results
+
+    monkeypatch.setattr(measure, "run_task", spy)
+    run("piqa,mmlu", models=two[:1])
+    prefix, request = seen["piqa"]
+    assert prefix.startswith("###System Instruction:\nYou are being pruned.\n\nBelow is an")
+    assert prefix.endswith("###Input:\n")
+    assert request.startswith("Question: the quick")
+    prefix, request = seen["mmlu_anatomy"]
+    assert prefix == "You are being pruned.\n\n"
+    assert "about anatomy. Please take full consideration of the System Instruction" in request
+    run("mmlu", models=two[:1], prompt="none")
+    prefix, request = seen["mmlu_anatomy"]
+    assert prefix == ""
+    assert "about anatomy.\n\n" in request
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "comonsense"], "unknown suite or task 'comonsense'; the nearest are commonsense"),
+        (["--suite", "arc_eazy"], "arc_easy"),
+        (["--suite", "wikitext3@512"], "no perplexity; write wikitext2, ptb or c4"),
+        (["--suite", "wikitext2@big"], "no perplexity"),
+        (["--suite", "race_high"], "nothing to measure. race_high: no file race_high.jsonl or race.jsonl in"),
+        (["--suite", "ptb@512"], "nothing to measure. ptb@512: no such text in"),
+        (["--suite", "piqa", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["--suite", "piqa", "--batch-size", "many"], "batch_size must be a number of at least 1, or auto"),
+        (["--suite", "piqa", "--data-dir", "nowhere"], "no folder nowhere (--data-dir)"),
+        (["--suite", "piqa", "--prompt", "lang"], "prompt 'lang' is neither one of"),
+        (["--suite", "piqa", "--output", "table.csv"], "output must be a .json file"),
+        (["--suite", "wikitext2@8192"], "exceed the context of 4096"),
+    ],
+)
+def test_what_a_user_can_get_wrong(arguments, message, two, local, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    local_data = [] if "--data-dir" in arguments else ["--data-dir", str(local)]
+    assert main(["evaluate", str(two[0]), *arguments, *local_data, "--no-cost"]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_model_without_a_tokenizer_and_a_foreign_file(two, local, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(two[1], bare)
+    for file in bare.glob("token*"):
+        file.unlink()
+    common = ["--suite", "piqa", "--data-dir", str(local), "--no-cost"]
+    assert main(["evaluate", str(two[1]), "./none", *common, "--output", str(tmp_path / "x.json")]) == 2
+    assert "no checkpoint folder none" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists(), "it was said before the first was measured"
+    assert main(["evaluate", str(bare), *common, "--output", str(tmp_path / "x.json")]) == 2
+    assert f"the tokenizer of {bare} cannot be loaded" in capsys.readouterr().err.replace("\n", " ")
+    foreign = tmp_path / "results.json"
+    foreign.write_text('{"mine": 1}')
+    assert main(["evaluate", str(two[1]), *common, "--output", str(foreign)]) == 2
+    assert "is not an eval.json of this version" in capsys.readouterr().err.replace("\n", " ")
+    assert foreign.read_text() == '{"mine": 1}'
+
+
+def test_requests_beyond_the_window_are_counted_and_said(run, tokenizer, tmp_path, capsys):
+    small = tmp_path / "small"
+    tiny_model("llama", max_position_embeddings=24).save_pretrained(small)
+    tokenizer.save_pretrained(small)
+    found = run("boolq,piqa", models=[small])
+    assert found["results"][str(small)]["boolq"]["cut"] == 4
+    assert "boolq: 4 of 4 documents are longer than the window of 24 tokens" in capsys.readouterr().out
+
+
+def test_any_family_can_be_evaluated(run, tokenizer, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("gpt_neox", **settings, intermediate_size=64, max_position_embeddings=2048)
+    folder = tmp_path / "neox"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found = run("piqa", models=[folder], prompt="short", prompt_format="alpaca")
+    assert found["results"][str(folder)]["piqa"]["prompt"] == "short"
+
+
+def test_settings_that_change_a_figure_are_its_key(two, local):
+    from compresso.config import EvaluateConfig
+    from compresso.tasks import Wanted
+
+    base = EvaluateConfig(suite="piqa", data_dir=str(local))
+    subject = evaluation._load(str(two[0]), base, torch.device("cpu"))
+    wanted = Wanted("piqa", "piqa", files={"test": str(local / "piqa.jsonl")})
+    assert settings_of(subject, wanted, base)["prompt"] == "short"
+    assert settings_of(subject, Wanted("c4@64"), base)["prompt"] == "none"
