@@ -221,7 +221,9 @@ def test_recover_and_chat_need_a_run(capsys, tmp_path):
     assert "no checkpoint folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["recover"], ["evaluate"], ["compare"], ["report"], ["chat"]])
+@pytest.mark.parametrize(
+    "command", [[], ["prune"], ["recover"], ["evaluate"], ["compare"], ["report"], ["extract"], ["chat"]]
+)
 def test_help_shows_examples(capsys, command):
     if command:
         with pytest.raises(SystemExit):

@@ -37,7 +37,7 @@ def prompt_for(
 
     `form` is the placement; auto: the stored one, else chat where the tokenizer has a template.
     """
-    stored = checkpoint.prompt_of(model)
+    stored = checkpoint.prompt_of(model.config)
     if form == "auto":
         form = stored.format if stored else "chat" if tokenizer.chat_template else "alpaca"
     if form == "chat" and not tokenizer.chat_template:

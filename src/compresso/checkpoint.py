@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,14 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from compresso import demo, per_layer
 from compresso.families import PER_LAYER_PREFIX, family_of
@@ -79,7 +87,7 @@ def load(
     except BAD_WEIGHTS as error:
         raise ValueError(f"the weights of {model} cannot be loaded: {_first_line(error)}") from error
     _refuse_incomplete(model, info)
-    return loaded.eval(), _load_tokenizer(model)
+    return loaded.eval(), load_tokenizer(model)
 
 
 def _unreadable(model: str, local: bool, error: Exception) -> Exception:
@@ -188,7 +196,7 @@ def _load_gguf(
     return model.eval(), tokenizer
 
 
-def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -214,17 +222,34 @@ def save(
 
     Raises OSError if the disk does not take it.
     """
+
+    def write_weights(partial: Path) -> None:
+        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+
+    write(folder, model.config, tokenizer, prompt, card, write_weights)
+
+
+def write(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: CollaborativePrompt,
+    card: str,
+    write_weights: Callable[[Path], None],
+) -> None:
+    """As `save`; `write_weights` puts weights and config into the folder that it is given."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.config.collaborative_prompt = asdict(prompt)
-    if model.config.model_type.startswith(PER_LAYER_PREFIX):
-        classes = next(c for c in per_layer.CLASSES if c[0] is type(model.config))
+    config.collaborative_prompt = asdict(prompt)
+    per_layer_widths = config.model_type.startswith(PER_LAYER_PREFIX)
+    if per_layer_widths:
+        classes = next(c for c in per_layer.CLASSES if c[0] is type(config))
         module = REMOTE_CODE.removesuffix(".py")
         auto = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-        model.config.auto_map = {name: f"{module}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
-    model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+        config.auto_map = {name: f"{module}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
+    write_weights(partial)
     tokenizer.save_pretrained(partial)
-    if model.config.model_type.startswith(PER_LAYER_PREFIX):
+    if per_layer_widths:
         shutil.copyfile(per_layer.__file__, partial / REMOTE_CODE)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
@@ -232,9 +257,9 @@ def save(
     partial.rename(folder)
 
 
-def prompt_of(model: PreTrainedModel) -> CollaborativePrompt | None:
+def prompt_of(config: PreTrainedConfig) -> CollaborativePrompt | None:
     """The collaborative prompt that travels with a checkpoint."""
-    stored = getattr(model.config, "collaborative_prompt", None)
+    stored = getattr(config, "collaborative_prompt", None)
     if stored is None:
         return None
     try:

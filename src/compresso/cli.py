@@ -21,6 +21,7 @@ Compresso makes large language models physically smaller.
   compresso compare demo runs/first --message "Hello"     answers side by side
   compresso report runs/first                             a page with pictures
   compresso chat runs/first --message "Who are you?"      ask it something
+  compresso extract ./my-llama runs/first --output small  apply a run's plan to a checkpoint on disk
 
 `compresso COMMAND --help` tells the settings of a command."""
 
@@ -68,6 +69,13 @@ Write a page with pictures about one run or several, report.html, and the pictur
 
   compresso report runs/demo
   compresso report runs/demo runs/demo-30 --output comparison.html"""
+
+EXTRACT = """\
+Apply the plan of a run to a checkpoint, from files to files, one tensor at a time: no training, hardly any memory.
+
+  compresso extract ./my-llama runs/demo --output smaller
+
+The plan fits only checkpoints of the model that it was made from (the same widths), fine-tuned ones too."""
 
 Run = Annotated[str, tyro.conf.Positional]
 Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
@@ -209,12 +217,31 @@ def _report(args: list[str]) -> None:
     console.print(f"written to {page}, its pictures to {page.parent / 'report'}", markup=False, highlight=False)
 
 
+def _extract(args: list[str]) -> None:
+    def settings(model: Run, run: Run, /, output: str) -> tuple[str, str, str]:
+        """
+        Args:
+            model: Checkpoint folder with safetensors, or hub id.
+            run: Run folder of `compresso prune`, or another one that holds plan.json and plan.safetensors.
+            output: Folder to write.
+        """
+        return model, run, output
+
+    model, run, output = tyro.cli(settings, args=args, prog="compresso extract", description=EXTRACT)
+    from compresso.streamed import extract_files
+    from compresso.workbench import console
+
+    for name, value in extract_files(model, run, output).items():
+        console.print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}", markup=False)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "prune": _prune,
     "recover": _recover,
     "evaluate": _evaluate,
     "compare": _compare,
     "report": _report,
+    "extract": _extract,
     "chat": _chat,
 }
 

@@ -142,7 +142,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
     run = next((p for p in (Path(subject.name), Path(subject.name).parent) if (p / "summary.json").is_file()), None)
     summary = json.loads((run / "summary.json").read_text()) if run else {}
     settings = read_yaml(run / "config.yaml") if run and (run / "config.yaml").is_file() else {}
-    stored = checkpoint.prompt_of(subject.model)
+    stored = checkpoint.prompt_of(subject.model.config)
     return {
         "folder": str(place) if place.is_dir() else None,
         "model_type": subject.model.config.model_type,

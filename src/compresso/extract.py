@@ -6,6 +6,7 @@ averages over.
 """
 
 import copy
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from compresso import per_layer
 from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of
 from compresso.plan import Plan
-from compresso.shape import describe, head_dim_of
+from compresso.shape import ModelShape, describe, head_dim_of
 
 _classes: list[Any] = per_layer.CLASSES
 for _config, _base, _causal in _classes:
@@ -33,20 +34,25 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     both sub-layers are left out. The weights keep their dtype and device. Raises
     ValueError if the plan was made for another shape.
     """
-    shape = describe(model)
+    check_fit(plan, describe(model))
+    old = model.state_dict()
+    config = smaller_config(model.config, old, plan)
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config._attn_implementation = model.config._attn_implementation
+    weights = dict(cut_weights(old, model.config.model_type, plan))
+    smaller = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
+    smaller.generation_config = copy.deepcopy(model.generation_config)
+    return smaller.to(model.device).train(model.training)
+
+
+def check_fit(plan: Plan, shape: ModelShape) -> None:
+    """Raise ValueError if the plan was made for another shape."""
     if shape != plan.shape:
         raise ValueError(
             f"the plan fits a model of {len(plan.shape.layers)} layers and hidden size {plan.shape.hidden_size} with "
             f"its widths, not this one of {len(shape.layers)} and {shape.hidden_size}; a plan fits only the model "
             "it was made from"
         )
-    weights = _cut_weights(model, plan)
-    config = _smaller_config(model, plan)
-    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    config._attn_implementation = model.config._attn_implementation
-    smaller = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
-    smaller.generation_config = copy.deepcopy(model.generation_config)
-    return smaller.to(model.device).train(model.training)
 
 
 def _kept_layers(plan: Plan) -> list[int]:
@@ -57,32 +63,44 @@ def _kept_layers(plan: Plan) -> list[int]:
     ]
 
 
-def _cut_weights(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """The state dict of the smaller model."""
-    family = family_of(model.config.model_type)
-    old = model.state_dict()
-    hidden = plan.keep["hidden"][0].to(model.device)
-    norm_scale = (plan.shape.hidden_size / len(hidden)) ** 0.5
-    new = {}
+def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every weight of the smaller model, one after the other.
 
-    def take(name: str, target: str, rows: Tensor | None, columns: Tensor | None, by: Tensor | float = 1.0) -> None:
-        """Keep rows and columns of a weight, and the rows of a bias, times `by`."""
-        for kind in ("weight", "bias"):
+    `old` is the state dict, or reads from files: each of its tensors is asked for once, and
+    none is kept. A tied head may be missing from it.
+    """
+    family = family_of(model_type)
+    hidden = plan.keep["hidden"][0]
+    norm_scale = (plan.shape.hidden_size / len(hidden)) ** 0.5
+
+    def take(
+        name: str,
+        target: str,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        by: Tensor | float = 1.0,
+        bias_by: float = 1.0,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Keep rows and columns of a weight times `by` (a number, or one a column), and the rows of its bias."""
+        for kind, scale in (("weight", by), ("bias", bias_by)):
             if f"{name}.{kind}" not in old:
                 continue
             tensor = old[f"{name}.{kind}"]
-            tensor = tensor if rows is None else tensor.index_select(0, rows)
-            if kind == "weight" and columns is not None:
-                tensor = tensor.index_select(1, columns)
-            if not (isinstance(by, float) and by == 1.0):
-                tensor = (tensor.double() * by).to(tensor.dtype)
-            new[f"{target}.{kind}"] = tensor.clone()
+            device = tensor.device
+            if rows is not None and len(rows) < tensor.shape[0]:
+                tensor = tensor.index_select(0, rows.to(device))
+            if kind == "weight" and columns is not None and len(columns) < tensor.shape[1]:
+                tensor = tensor.index_select(1, columns.to(device))
+            if bool((torch.as_tensor(scale) != 1).any()):
+                factor = scale.to(device) if isinstance(scale, Tensor) else scale
+                tensor = (tensor.double() * factor).to(tensor.dtype)
+            yield f"{target}.{kind}", tensor.clone()
 
-    take(family.embedding, family.embedding, None, hidden)
-    take(family.final_norm, family.final_norm, hidden, None, norm_scale)
-    take(family.head, family.head, None, hidden)
-    gates = {u: g.to(model.device).split(plan.shape.sizes(u)) for u, g in plan.gates.items()}
-    keep = {u: [k.to(model.device) for k in layers] for u, layers in plan.keep.items()}
+    yield from take(family.embedding, family.embedding, None, hidden)
+    yield from take(family.final_norm, family.final_norm, hidden, None, norm_scale)
+    yield from take(family.head, family.head, None, hidden)
+    gates = {u: g.split(plan.shape.sizes(u)) for u, g in plan.gates.items()}
+    keep = plan.keep
     for j, i in enumerate(_kept_layers(plan)):
         source, target = f"{family.layers}.{i}.", f"{family.layers}.{j}."
         groups, channels = keep["kv_group"][i], keep["intermediate"][i]
@@ -92,27 +110,27 @@ def _cut_weights(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
             query_rows = _expand(groups, layer.head_dim * layer.queries_per_group)
             # q/k norms share an eps that grows with norm_scale squared: so must what they divide
             into_norm = norm_scale if family.query_key_norms else 1.0
-            take(source + family.query, target + family.query, query_rows, hidden, into_norm)
-            take(source + family.key, target + family.key, key_rows, hidden, into_norm)
-            take(source + family.value, target + family.value, key_rows, hidden)
-            take(source + family.attention_norm, target + family.attention_norm, hidden, None, norm_scale)
-            take(source + family.attention_output, target + family.attention_output, hidden, query_rows)
-            per_group = gates["kv_group"][i][groups].repeat_interleave(layer.head_dim * layer.queries_per_group)
-            _fold(new, target + family.attention_output, per_group, float(gates["attention"][i]))
-            for name in old:  # what belongs to a head dimension and stays: q and k norms
-                if name.startswith(source + family.attention + ".") and _target(name, source, target) not in new:
-                    new[_target(name, source, target)] = old[name].clone()
+            for path, rows in ((family.query, query_rows), (family.key, key_rows)):
+                yield from take(source + path, target + path, rows, hidden, into_norm, into_norm)
+            yield from take(source + family.value, target + family.value, key_rows, hidden)
+            yield from take(source + family.attention_norm, target + family.attention_norm, hidden, None, norm_scale)
+            whole = float(gates["attention"][i])
+            per_column = gates["kv_group"][i][groups].repeat_interleave(layer.head_dim * layer.queries_per_group)
+            output = family.attention_output
+            yield from take(source + output, target + output, hidden, query_rows, per_column * whole, whole)
+            known = (family.query, family.key, family.value, output)
+            for name in sorted(old):  # what belongs to a head dimension and stays: q and k norms
+                if name.startswith(source + family.attention + "."):
+                    path = name.removeprefix(source)
+                    if path.rpartition(".")[0] not in known:
+                        yield target + path, old[name].clone()
         if len(channels):
             for path in family.mlp_inputs:
-                take(source + path, target + path, channels, hidden)
-            take(source + family.mlp_norm, target + family.mlp_norm, hidden, None, norm_scale)
-            take(source + family.mlp_output, target + family.mlp_output, hidden, channels)
-            _fold(new, target + family.mlp_output, gates["intermediate"][i][channels], float(gates["mlp"][i]))
-    return new
-
-
-def _target(name: str, source: str, target: str) -> str:
-    return target + name.removeprefix(source)
+                yield from take(source + path, target + path, channels, hidden)
+            yield from take(source + family.mlp_norm, target + family.mlp_norm, hidden, None, norm_scale)
+            whole, per_column = float(gates["mlp"][i]), gates["intermediate"][i][channels]
+            output = family.mlp_output
+            yield from take(source + output, target + output, hidden, channels, per_column * whole, whole)
 
 
 def _expand(groups: Tensor, rows: int) -> Tensor:
@@ -120,17 +138,8 @@ def _expand(groups: Tensor, rows: int) -> Tensor:
     return (groups[:, None] * rows + torch.arange(rows, device=groups.device)).flatten()
 
 
-def _fold(weights: dict[str, Tensor], name: str, per_column: Tensor, overall: float) -> None:
-    """Multiply the columns of a matrix by the gates at its input, all of it by the one at its output."""
-    weight = weights[f"{name}.weight"]
-    if overall != 1 or (per_column != 1).any():
-        weights[f"{name}.weight"] = (weight.double() * per_column * overall).to(weight.dtype)
-    if overall != 1 and f"{name}.bias" in weights:
-        weights[f"{name}.bias"] = (weights[f"{name}.bias"].double() * overall).to(weight.dtype)
-
-
-def _smaller_config(model: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
-    old = model.config
+def smaller_config(old: PreTrainedConfig, names: Collection[str], plan: Plan) -> PreTrainedConfig:
+    """The config of the smaller model; `names` are those of the weights of the whole one."""
     kept = _kept_layers(plan)
     widths = [plan.widths()[i] for i in kept]
     hidden_size = len(plan.keep["hidden"][0])
@@ -153,7 +162,8 @@ def _smaller_config(model: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
     overrides = {j: _override(width, settings) for j, width in enumerate(widths)}
     base = old.model_type.removeprefix(PER_LAYER_PREFIX)
     if not any(overrides.values()):
-        stock = _stock_config(base, FAMILIES[base], settings, model)
+        biased = any(name.endswith("_proj.bias") for name in names)
+        stock = _stock_config(base, FAMILIES[base], settings, biased)
         if stock is not None:
             return stock
     config = AutoConfig.for_model(PER_LAYER_PREFIX + base, **settings)
@@ -170,9 +180,8 @@ def _override(width: dict[str, int], common: dict) -> dict:
     return {**different, **({"skip": skip} if skip else {})}
 
 
-def _stock_config(base: str, family: Family, settings: dict, model: PreTrainedModel) -> PreTrainedConfig | None:
+def _stock_config(base: str, family: Family, settings: dict, biased: bool) -> PreTrainedConfig | None:
     """The family's own config class, or its stand-in, whichever takes these widths."""
-    biased = any(name.endswith("_proj.bias") for name in model.state_dict())
     stand_in = None if biased else family.stand_in
     try:
         return AutoConfig.for_model(base, **settings)

@@ -1,0 +1,192 @@
+"""Extraction from files to files, one tensor at a time: for checkpoints that do not fit in memory.
+
+The smaller model exists only as shapes on the meta device; its weights go from the
+shards of the old checkpoint straight to their place in those of the new one.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from compresso import checkpoint
+from compresso import plan as plans
+from compresso.extract import check_fit, cut_weights, smaller_config
+from compresso.prompts import find_prompt
+from compresso.shape import count_prunable, describe
+from compresso.workbench import progress_bar
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a folder's *.safetensors by name, each read when it is asked for.
+
+    Raises ValueError for a file that is damaged, and where an index names one that is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self._file: dict[str, Path] = {}
+        try:
+            if (folder / INDEX).is_file():
+                names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                files = sorted({folder / name for name in names.values()})
+            else:
+                files = sorted(folder.glob("*.safetensors"))
+            for file in files:
+                with safe_open(file, "pt") as stored:
+                    self._file |= dict.fromkeys(stored.keys(), file)
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise ValueError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file[name], "pt") as stored:  # opened anew, so that no page of it stays mapped
+            return stored.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, Any]:
+    """Apply the plan of a run folder to a checkpoint on disk and write the smaller one; the facts of its card.
+
+    `model` is a folder with safetensors or a hub id. Memory holds one tensor at a time. Raises ValueError or
+    FileNotFoundError for a checkpoint that cannot be read, a plan for another shape, or an output that exists.
+    """
+    folder, plan = Path(output), plans.load(Path(run))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; choose another --output")
+    if model.endswith(".gguf") or model == "demo":
+        raise ValueError(f"{model} is no folder with safetensors; `compresso prune` reads it, and writes one")
+    place = Path(checkpoint.find(model))
+    if not place.is_dir():
+        place = Path(
+            snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
+        )
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    whole = _shapes_of(config)
+    check_fit(plan, describe(whole))
+    old, tokenizer = StoredWeights(place), checkpoint.load_tokenizer(str(place))
+    if missing := [name for name in _stored_names(whole) if name not in old]:
+        raise ValueError(f"the weights in {place} lack {missing[0]} and {len(missing) - 1} more")
+    dtype = old[_stored_names(whole)[0]].dtype
+    smaller = _shapes_of(smaller_config(config, old, plan))
+    facts = {
+        "base model": model,
+        "parameters": f"{_count(whole):,} before, {_count(smaller):,} after",
+        "sparsity": f"{100 * plan.sparsity:.2f} % of the decoder layers' matrices removed",
+    }
+
+    def write_weights(partial: Path) -> None:
+        partial.mkdir(parents=True)
+        smaller.config.architectures = [type(smaller).__name__]
+        smaller.config.dtype = dtype
+        smaller.config.save_pretrained(partial)
+        if (place / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(place).save_pretrained(partial)
+        with progress_bar() as bar:
+            task = bar.add_task("extract", total=len(_stored_names(smaller)), note="")
+            _write_shards(partial, smaller, cut_weights(old, config.model_type, plan), lambda: bar.advance(task))
+
+    prompt = checkpoint.prompt_of(config) or find_prompt("none", "alpaca")
+    card = checkpoint.model_card(smaller, model, prompt, facts)
+    checkpoint.write(folder, smaller.config, tokenizer, prompt, card, write_weights)
+    return {**facts, "prunable_parameters": count_prunable(smaller), "bytes": checkpoint.weight_bytes(folder)}
+
+
+def _shapes_of(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _count(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _stored_names(model: PreTrainedModel) -> list[str]:
+    """Parameters that a checkpoint holds: of tied ones only the first."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def _write_shards(
+    folder: Path, model: PreTrainedModel, weights: Iterator[tuple[str, Tensor]], advance: Callable[[], None]
+) -> None:
+    """Write `weights` as the safetensors files of `model`, whose parameters give names and shapes.
+
+    Raises RuntimeError if the weights are not those of the model: that would be our mistake.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    dtype, shards = model.config.dtype, _shards(model)
+    places: dict[str, tuple[int, int]] = {}
+    for number, shard in enumerate(shards, 1):
+        places |= {name: (number, begin) for name, begin in shard.items()}
+    names = {number: _file_name(number, len(shards)) for number in range(1, len(shards) + 1)}
+    files: dict[int, BinaryIO] = {}
+    written = set()
+    try:
+        for number, shard in enumerate(shards, 1):
+            files[number] = (folder / names[number]).open("wb")
+            files[number].write(_header(shard, shapes, dtype))
+        starts = {number: file.tell() for number, file in files.items()}
+        for name, tensor in weights:
+            if name not in places:  # a head that is tied
+                continue
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtype:
+                raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[name]} {dtype}")
+            number, begin = places[name]
+            files[number].seek(starts[number] + begin)
+            files[number].write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            written.add(name)
+            advance()
+    finally:
+        for file in files.values():
+            file.close()
+    if missing := shapes.keys() - written:
+        raise RuntimeError(f"the cut weights lack {sorted(missing)}")
+    if len(shards) > 1:
+        size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": {name: names[n] for name, (n, _) in places.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(model: PreTrainedModel) -> list[dict[str, int]]:
+    """Where each tensor begins in which file, files filled in order."""
+    shards: list[dict[str, int]] = [{}]
+    end = 0
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * model.config.dtype.itemsize
+        if shards[-1] and end + size > SHARD_BYTES:
+            shards.append({})
+            end = 0
+        shards[-1][name] = end
+        end += size
+    return shards
+
+
+def _file_name(number: int, of: int) -> str:
+    return "model.safetensors" if of == 1 else f"model-{number:05}-of-{of:05}.safetensors"
+
+
+def _header(shard: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """The beginning of a safetensors file: its length, then JSON, padded with spaces to eight bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, begin in shard.items():
+        size = torch.Size(shapes[name]).numel() * dtype.itemsize
+        entries[name] = {"dtype": DTYPES[dtype], "shape": shapes[name], "data_offsets": [begin, begin + size]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
