@@ -78,13 +78,13 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
             snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
         )
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    whole = _shapes_of(config)
+    whole = shapes_of(config)
     check_fit(plan, describe(whole))
     old, tokenizer = StoredWeights(place), checkpoint.load_tokenizer(str(place))
     if missing := [name for name in _stored_names(whole) if name not in old]:
         raise ValueError(f"the weights in {place} lack {missing[0]} and {len(missing) - 1} more")
     dtype = old[_stored_names(whole)[0]].dtype
-    smaller = _shapes_of(smaller_config(config, old, plan))
+    smaller = shapes_of(smaller_config(config, old, plan))
     facts = {
         "base model": model,
         "parameters": f"{_count(whole):,} before, {_count(smaller):,} after",
@@ -100,7 +100,7 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
             GenerationConfig.from_pretrained(place).save_pretrained(partial)
         with progress_bar() as bar:
             task = bar.add_task("extract", total=len(_stored_names(smaller)), note="")
-            _write_shards(partial, smaller, cut_weights(old, config.model_type, plan), lambda: bar.advance(task))
+            write_shards(partial, smaller, cut_weights(old, config.model_type, plan), lambda: bar.advance(task))
 
     prompt = checkpoint.prompt_of(config) or find_prompt("none", "alpaca")
     card = checkpoint.model_card(smaller, model, prompt, facts)
@@ -108,7 +108,8 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
     return {**facts, "prunable_parameters": count_prunable(smaller), "bytes": checkpoint.weight_bytes(folder)}
 
 
-def _shapes_of(config: PreTrainedConfig) -> PreTrainedModel:
+def shapes_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: shapes without numbers."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -122,7 +123,7 @@ def _stored_names(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def _write_shards(
+def write_shards(
     folder: Path, model: PreTrainedModel, weights: Iterator[tuple[str, Tensor]], advance: Callable[[], None]
 ) -> None:
     """Write `weights` as the safetensors files of `model`, whose parameters give names and shapes.
