@@ -3,6 +3,7 @@
 import io
 import itertools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.batches import SHARED_PREFIX_FROM
-from compresso.prefix import for_rows, positions_after, run_prefix, with_cache
+from compresso.prefix import for_rows, is_shareable, positions_after, run_prefix, with_cache
 
 LEAST_ROOM = 64  # tokens that a prompt must leave of the window
 SEED = 1234  # lm-eval's own, for few-shot samples
@@ -90,7 +91,10 @@ class PromptedLM(HFLM):
             if len(continuation) > self.max_length:
                 raise ValueError(f"an answer has {len(continuation)} tokens, and the window only {self.max_length}")
         with self._sharing(requests) as stripped:
-            return super()._loglikelihood_tokens(stripped, *args, **kwargs)
+            answers = super()._loglikelihood_tokens(stripped, *args, **kwargs)
+        if any(math.isnan(value) for value, _ in answers):
+            raise ValueError("the model's probabilities are not numbers (NaN); its weights may be damaged")
+        return answers
 
     @contextmanager
     def _sharing(self, requests: list) -> Iterator[list]:
@@ -102,16 +106,24 @@ class PromptedLM(HFLM):
             yield requests
             return
         own = self.prefix, self._cache
+        longer = torch.cat([self.prefix, torch.tensor(contexts[0][:shared], device=self.device)])
+        cache = self._run(longer)
+        if cache is None:
+            yield requests
+            return
         try:
-            self.prefix = torch.cat([self.prefix, torch.tensor(contexts[0][:shared], device=self.device)])
-            self._cache = self._run(self.prefix)
+            self.prefix, self._cache = longer, cache
             yield [(strings, context[shared:], continuation) for strings, context, continuation in requests]
         finally:
             self.prefix, self._cache = own
 
     @torch.no_grad()
     def _run(self, prefix: Tensor) -> DynamicCache | None:
-        return run_prefix(self.model, prefix, self.config) if len(prefix) else None
+        """Keys and values of the prefix; None without one, or if the model has another kind of memory."""
+        if not len(prefix):
+            return None
+        cache = run_prefix(self.model, prefix, self.config)
+        return cache if is_shareable(cache) else None
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         for request in requests:
@@ -125,7 +137,8 @@ class PromptedLM(HFLM):
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.advance(len(inps))
         if self._cache is None:
-            return super()._model_call(inps, *args, **kwargs)
+            whole = torch.cat([self.prefix.expand(len(inps), -1), inps], 1)
+            return super()._model_call(whole, *args, **kwargs)[:, len(self.prefix) :]
         with torch.no_grad():
             return self.model(
                 inps,
@@ -135,13 +148,11 @@ class PromptedLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         self.advance(len(context))
-        if self._cache is None:
-            return super()._model_generate(context, max_length, stop, **kwargs)
         length = len(self.prefix)
         before = self.prefix.expand(len(context), -1)
         mask = kwargs.pop("attention_mask")
-        using = with_cache(self.model, for_rows(self._cache, len(context)))
-        del using["use_cache"]  # lm-eval passes it
+        using = with_cache(self.model, for_rows(self._cache, len(context))) if self._cache else {}
+        using.pop("use_cache", None)  # lm-eval passes it
         out = super()._model_generate(
             torch.cat([before, context], 1),
             max_length + length,

@@ -25,7 +25,7 @@ class Opened(NamedTuple):
 def open_model(model: str, prompt: str | None = None) -> Opened:
     """Load a run folder, a checkpoint, a .gguf file or a hub id, with its own prompt or another."""
     with status(f"loading {model}"):
-        loaded, tokenizer = checkpoint.load(checkpoint.of_run(model))
+        loaded, tokenizer = checkpoint.load(checkpoint.of_run(model), any_family=True)
     encoder = Encoder(tokenizer, max_length=0, context=getattr(loaded.config, "max_position_embeddings", None))
     return Opened(loaded, encoder, prompt_for(loaded, tokenizer, prompt))
 
@@ -98,6 +98,8 @@ def compare(
     One model is in memory at a time; each is asked with the prompt that it carries, or with `prompt`.
     """
     columns, headings = [], []
+    for model in (first, second):  # before one is loaded for nothing
+        checkpoint.find(checkpoint.of_run(model), any_family=True)
     for model in (first, second):
         opened = open_model(model, prompt)
         headings.append(f"{model} (prompt: {opened.prompt.name})")

@@ -100,7 +100,8 @@ def _unreadable(model: str, local: bool, error: Exception) -> Exception:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return lines[0] if not lines[0].endswith(":") or len(lines) == 1 else f"{lines[0]} {lines[1]}"
 
 
 def _check_folder(folder: Path, any_family: bool) -> None:

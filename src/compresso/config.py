@@ -212,7 +212,7 @@ class EvaluateConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         object.__setattr__(self, "batch_size", str(self.batch_size))
-        if self.batch_size != "auto" and not (self.batch_size.isdigit() and int(self.batch_size)):
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
             raise ValueError(f"batch_size must be a number of at least 1, or auto, got {self.batch_size!r}")
         if self.output is not None and Path(self.output).suffix != ".json":
             raise ValueError(f"output must be a .json file, got {self.output!r}")

@@ -27,22 +27,22 @@ def measure_costs(
     """Cost of each model: `repeats` rounds in which the models alternate, after one that warms up.
 
     prefill_tokens_per_second, first_token_seconds: `batch` rows of `context` tokens at once,
-    fewer if the model's positions do not reach that far. decode_tokens_per_second:
+    both fewer if the model's positions do not reach that far. decode_tokens_per_second:
     `new_tokens` further ones. peak_memory_bytes: the weights and what a round adds to
     them; left out where the platform does not tell. kv_bytes_per_token: of one row.
     """
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    lengths = {name: fitting_context(model, context, new_tokens) for name, model in models.items()}
+    lengths = {name: fitting(model, context, new_tokens) for name, model in models.items()}
     for repeat in range(repeats + 1):
         for name, model in models.items():
-            found = _round(model, batch, lengths[name], new_tokens)
+            found = _round(model, batch, *lengths[name])
             if repeat:
                 rounds[name].append(found)
     return {
         name: {
             "batch": batch,
-            "context": lengths[name],
-            "new_tokens": new_tokens,
+            "context": lengths[name][0],
+            "new_tokens": lengths[name][1],
             "device": str(model.device),
             "precision": str(model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -74,18 +74,20 @@ def _round(model: PreTrainedModel, batch: int, length: int, new_tokens: int) -> 
         "first_token_seconds": first - began,
         "decode_tokens_per_second": batch * new_tokens / (done - first),
     }
-    kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    found["kv_bytes_per_token"] = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in kept)
+    kept = [getattr(layer, kind, None) for layer in cache.layers for kind in ("keys", "values")]
+    there = [t for t in kept if t is not None and t.numel()]
+    found["kv_bytes_per_token"] = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in there)
     added = memory.added()
     if added is not None:
         found["peak_memory_bytes"] = _weights_in_memory(model) + added
     return found
 
 
-def fitting_context(model: PreTrainedModel, context: int, new_tokens: int = NEW_TOKENS) -> int:
-    """Tokens of `context` for which, with the new ones, the model has positions."""
+def fitting(model: PreTrainedModel, context: int, new_tokens: int = NEW_TOKENS) -> tuple[int, int]:
+    """Tokens of context, and new ones after them, for which the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or context + new_tokens
-    return max(1, min(context, positions - new_tokens))
+    new_tokens = max(1, min(new_tokens, positions // 2))
+    return max(1, min(context, positions - new_tokens)), new_tokens
 
 
 def _spread(values: list[float]) -> Spread:

@@ -12,15 +12,18 @@ from typing import Any
 
 from compresso.eval_table import markdown
 from compresso.paired import Difference, difference, together
+from compresso.schemas import EVALUATION, SCHEMA, parse
 from compresso.suites import SUITES, averaged, metric_of
 
-SCHEMA = "compresso-eval/1"
 PARTS = ("models", "results", "averages", "cost", "left_out", "versions")
 POOLED = (
     *("shots", "version", "window", "limit", "precision", "seed", "lm_eval"),
     *("prompt", "prompt_format", "chat_template"),
 )
 """What the parts of a group have in common."""
+ASKED = ("prompt", "prompt_format", "chat_template", "precision")
+"""What the tasks of an average have in common."""
+TABLE_HEAD = "| task |"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -31,14 +34,33 @@ def read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"schema": SCHEMA, **{part: {} for part in PARTS}, "comparisons": []}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["schema"] != SCHEMA or any(not isinstance(found[part], dict) for part in PARTS):
+        text = path.read_bytes()
+        parse(text, EVALUATION, str(path))
+        found = json.loads(text)
+        if any(not isinstance(found[part], dict) for part in PARTS):
             raise KeyError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} is not an eval.json of this version ({SCHEMA}), so it is not replaced; choose another --output"
+            f"{path} is not an eval.json of this version ({SCHEMA}), so it is not replaced; choose another --output "
+            f"({error})"
         ) from None
+    for name in found["models"]:
+        found["results"].setdefault(name, {})
     return found
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError if the file or the table beside it cannot be written, or the table is somebody else's."""
+    table = path.with_suffix(".md")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.touch()
+        partial.unlink()
+        if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(TABLE_HEAD):
+            raise ValueError(f"{table}, where the table would go, is another text; choose another --output")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def enter(found: dict[str, Any], name: str, about: dict[str, Any]) -> None:
@@ -56,8 +78,10 @@ def write(found: dict[str, Any], path: Path) -> None:
     found["averages"] = {name: _averages(results) for name, results in found["results"].items()}
     pairs = itertools.combinations(found["models"], 2)
     found["comparisons"] = [row for a, b in pairs for row in _compare(found, a, b)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in ((path, json.dumps(found, indent=1)), (path.with_suffix(".md"), markdown(found))):
+    for target, text in (
+        (path, json.dumps(found, indent=1, allow_nan=False)),
+        (path.with_suffix(".md"), markdown(found)),
+    ):
         partial = target.with_name(target.name + ".partial")
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(target)
@@ -73,7 +97,11 @@ def _groups(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _add_groups(results: dict[str, Any]) -> None:
+    for name in [name for name, entry in results.items() if "parts" in entry]:
+        del results[name]  # made anew, if all its parts are there
     for name, parts in _groups(results).items():
+        if len(parts) != parts[0].get("group_parts") or any(p[key] != parts[0][key] for p in parts for key in POOLED):
+            continue
         metrics: dict[str, Any] = {}
         for metric in parts[0]["metrics"]:
             values = [part["metrics"].get(metric) for part in parts]
@@ -89,6 +117,7 @@ def _add_groups(results: dict[str, Any]) -> None:
             "n": sum(part["n"] for part in parts),
             "cut": sum(part["cut"] for part in parts),
             "parts": len(parts),
+            "group_size": parts[0]["group_size"],
             "equal_parts": parts[0]["equal_parts"],
             "seconds": round(sum(part["seconds"] for part in parts), 2),
             **{key: parts[0][key] for key in POOLED},
@@ -117,13 +146,19 @@ def _averages(results: dict[str, Any]) -> dict[str, Any]:
         tasks = averaged(suite)
         if not tasks or any(task not in results for task in tasks):
             continue
-        entries = [results[task]["metrics"][metric_of(suite, task)] for task in tasks]
+        asked = [results[task] for task in tasks]
+        entries = [entry["metrics"].get(metric_of(suite, task)) for entry, task in zip(asked, tasks, strict=True)]
+        if None in entries or any(entry[key] != asked[0][key] for entry in asked for key in ASKED):
+            continue
         errors = [entry["stderr"] for entry in entries]
         found[suite] = {
             "value": sum(entry["value"] for entry in entries) / len(entries),
             "stderr": None if None in errors else sum(e**2 for e in errors) ** 0.5 / len(errors),
             "metric": "acc_norm where it exists" if suite == "llm-pruner" else "acc",
             "tasks": list(tasks),
+            "n": sum(entry["n"] for entry in asked),
+            "shots": "/".join(dict.fromkeys(str(entry["shots"]) for entry in asked)),
+            **{key: asked[0][key] for key in ASKED},
         }
     return found
 

@@ -29,16 +29,32 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     models = list(found["models"])
     others = models[1:]
     table = [["task", "measured", *models, *(f"{b} against {models[0]} [95 %], p" for b in others)]]
-    for task in dict.fromkeys(t for name in models for t, e in found["results"][name].items() if not e.get("group")):
+    for task in dict.fromkeys(task for name in models for task in shown_tasks(found["results"][name])):
         entries = [found["results"][name].get(task) for name in models]
         differences = [_difference_shown(found, b, task) for b in others]
         table.append([task, _measured([e for e in entries if e]), *map(_shown, entries), *differences])
     for suite in dict.fromkeys(suite for averages in found["averages"].values() for suite in averages):
         means = [found["averages"][name].get(suite) for name in models]
-        metric = next(mean["metric"] for mean in means if mean)
+        metric = _measured_mean([mean for mean in means if mean])
         differences = [_difference_shown(found, b, suite) for b in others]
         table.append([f"mean of {suite}", metric, *map(_shown, means), *differences])
     return table
+
+
+def shown_tasks(results: dict[str, Any]) -> list[str]:
+    """All but the parts of a group that has a figure."""
+    return [task for task, entry in results.items() if not entry.get("group") or entry["group"] not in results]
+
+
+def _measured_mean(means: list[dict[str, Any]]) -> str:
+    number = "/".join(dict.fromkeys(str(mean["n"]) for mean in means))
+    return f"{means[0]['metric']}, {means[0]['shots']} shots, n {number} in all, prompt {_prompts(means)}"
+
+
+def _prompts(entries: list[dict[str, Any]]) -> str:
+    """One for all, or one for each model in their order."""
+    prompts = list(map(_prompt, entries))
+    return prompts[0] if len(set(prompts)) == 1 else " / ".join(prompts)
 
 
 def _measured(entries: list[dict[str, Any]]) -> str:
@@ -47,11 +63,17 @@ def _measured(entries: list[dict[str, Any]]) -> str:
     def all_of(key: str) -> str:
         return "/".join(dict.fromkeys(str(entry[key]) for entry in entries))
 
-    shots = "" if entries[0]["metric"] == "perplexity" else f", {all_of('shots')} shots"
-    prompts = " / ".join(dict.fromkeys(map(_prompt, entries)))
+    how = f"of {all_of('text')}" if "text" in entries[0] else f"{all_of('shots')} shots"
     return (
-        f"{all_of('metric')}{shots}, v{all_of('version')}, n {all_of('n')}, window {all_of('window')}, prompt {prompts}"
+        f"{all_of('metric')}, {how}, v{all_of('version')}, n {all_of('n')}, window {all_of('window')}, "
+        f"prompt {_prompts(entries)}{_incomplete(entries)}"
     )
+
+
+def _incomplete(entries: list[dict[str, Any]]) -> str:
+    """How much of a group there is, if not all."""
+    counts = {(entry.get("parts"), entry.get("group_size")) for entry in entries if "parts" in entry}
+    return "".join(f", {parts} of {size} parts" for parts, size in counts if parts != size)
 
 
 def _prompt(entry: dict[str, Any]) -> str:

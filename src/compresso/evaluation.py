@@ -1,7 +1,6 @@
 """`compresso evaluate`: measure models on suites of tasks, keep every figure at once, compare in pairs."""
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +20,18 @@ from compresso import checkpoint, demo, eval_file, eval_table
 from compresso.batches import Encoder
 from compresso.chat import prompt_for
 from compresso.config import EvaluateConfig, read_yaml
-from compresso.cost import fitting_context, measure_costs
-from compresso.measure import Subject, measure, settings_of
+from compresso.cost import fitting, measure_costs
+from compresso.families import PER_LAYER_PREFIX
+from compresso.measure import Subject, headline, measure, settings_of
 from compresso.prepare import versions
+from compresso.schemas import SUMMARY, parse
 from compresso.suites import SUITES
 from compresso.tasks import Wanted, check_names, plan_tasks, task_manager
 from compresso.texts import find_text
 from compresso.workbench import compute_dtype, console, progress_bar, release_memory, status
+
+WEIGHED = ("*.safetensors", "config.json", "*.jinja", "tokenizer*")
+"""Files of a checkpoint that its figures depend on."""
 
 
 def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -40,7 +44,8 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, 
     names = [models] if isinstance(models, str) else list(models)
     if not names:
         raise ValueError("name at least one model: a run folder, a checkpoint folder, a .gguf file or a hub id")
-    if len(set(names)) < len(names):
+    places = [str(Path(checkpoint.of_run(name)).resolve()) for name in names]
+    if len(set(places)) < len(places):
         raise ValueError(f"a model is named twice: {' '.join(names)}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -50,25 +55,33 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, 
     manager, wanted, left_out = _wanted(config)
     path = _output(names, config)
     found = eval_file.read(path)
+    eval_file.check_writable(path)
     measured = {task.name for task in wanted}
     found["left_out"] = {k: v for k, v in found["left_out"].items() if k not in measured} | left_out
     found["versions"] = versions()
-    failed: dict[str, str] = {}
+    measurable = {task.group or task.name for task in wanted}
+    failed = {name: left_out[name] for name in config.asked if name in left_out and name not in measurable}
     loaded: dict[str, PreTrainedModel] = {}
     for name in names:
         subject = _load(name, config, device)
         eval_file.enter(found, name, _describe(subject))
-        failed |= _measure_all(subject, wanted, manager, config, found, path)
+        for task, reason in _measure_all(subject, wanted, manager, config, found, path).items():
+            failed[task] = f"{failed[task]}; {reason}" if task in failed else reason
         if config.cost:
             loaded[name] = subject.model
         del subject
         release_memory()
     found["models"] = {name: found["models"][name] for name in names} | found["models"]
     if config.cost and not _cost_known(found, names, config, loaded):
-        with status("measuring size, speed and memory, the models in turn"):
-            for name, cost in measure_costs(loaded, config.cost_batch, config.cost_context).items():
-                weights = found["models"][name]["weight_bytes"]
-                found["cost"][name] = {**cost, "weight_bytes": weights, "together": sorted(names)}
+        try:
+            with status("measuring size, speed and memory, the models in turn"):
+                costs = measure_costs(loaded, config.cost_batch, config.cost_context)
+        except Exception as error:  # any model of the hub: what it cannot do is not known beforehand
+            failed["cost"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            costs = {}
+        for name, cost in costs.items():
+            weights = found["models"][name]["weight_bytes"]
+            found["cost"][name] = {**cost, "weight_bytes": weights, "together": sorted(names)}
     found["left_out"] |= failed
     eval_file.write(found, path)
     eval_table.show(found, path, console)
@@ -140,7 +153,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
     """What eval.json tells about a model."""
     place = Path(checkpoint.of_run(subject.name))
     run = next((p for p in (Path(subject.name), Path(subject.name).parent) if (p / "summary.json").is_file()), None)
-    summary = json.loads((run / "summary.json").read_text()) if run else {}
+    summary = parse((run / "summary.json").read_bytes(), SUMMARY, str(run / "summary.json")) if run else {}
     settings = read_yaml(run / "config.yaml") if run and (run / "config.yaml").is_file() else {}
     stored = checkpoint.prompt_of(subject.model.config)
     return {
@@ -150,11 +163,19 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes(place) if place.is_dir() else subject.stored_bytes,
         "sparsity": summary.get("sparsity"),
         "base": summary.get("model"),
-        "stage": ("cut" if place.name == "cut" else "recovered") if run else "dense",
+        "stage": _stage(subject, place, bool(run)),
         "trained_prompt": settings.get("prompt", stored.name if stored else None),
         "trained_data": settings.get("data") or ("demo" if settings.get("model") == "demo" else None),
         "fingerprint": _fingerprint(subject, place),
     }
+
+
+def _stage(subject: Subject, place: Path, of_run: bool) -> str:
+    if of_run:
+        return "cut" if place.name == "cut" else "recovered"
+    config = subject.model.config
+    ours = config.model_type.startswith(PER_LAYER_PREFIX) or checkpoint.prompt_of(config) is not None
+    return "pruned" if ours else "dense"
 
 
 def _fingerprint(subject: Subject, place: Path) -> str:
@@ -162,7 +183,7 @@ def _fingerprint(subject: Subject, place: Path) -> str:
     if subject.name == "demo":
         return demo.MODEL_WHEEL.sha256[:16]
     if place.exists():
-        files = [*sorted(place.glob("*.safetensors")), place / "config.json"] if place.is_dir() else [place]
+        files = [file for pattern in WEIGHED for file in sorted(place.glob(pattern))] if place.is_dir() else [place]
         state = str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     else:
         state = f"{subject.name} {getattr(subject.model.config, '_commit_hash', None)}"
@@ -190,6 +211,7 @@ def _measure_all(
             bar.update(bar_task, note=f"{task.name}: {answered} requests")
 
         for task in wanted:
+            group = dict(zip(("group_parts", "group_size"), task.parts, strict=True)) if task.group else {}
             settings = settings_of(subject, task, config)
             if any(known.get(task.name, {}).get(key) != value for key, value in settings.items()):
                 answered, began = 0, time.perf_counter()
@@ -200,12 +222,14 @@ def _measure_all(
                     reason = (str(error).strip().splitlines() or [""])[0]
                     kind = "" if isinstance(error, (ValueError, FileNotFoundError)) else f"{type(error).__name__}: "
                     failed[task.name] = f"{kind}{reason} ({subject.name})"
-                    known.pop(task.name, None)
-                    continue
-                known[task.name] = {**entry, **settings, "seconds": round(time.perf_counter() - began, 2)}
+                    continue  # an older figure, made with other settings, stays
+                seconds = round(time.perf_counter() - began, 2)
+                known[task.name] = {**entry, **settings, **group, "seconds": seconds}
                 eval_file.write(found, path)
                 if not console.is_terminal:
                     console.print(eval_table.line(subject.name, task.name, known[task.name]), markup=False)
+            elif task.registered:
+                known[task.name] |= {**group, **headline(known[task.name]["metrics"], task.metric)}
             if (cut := known[task.name]["cut"]) > 0:
                 console.print(
                     f"{task.name}: {cut} of {known[task.name]['n']} documents are longer than the window of "
@@ -220,7 +244,7 @@ def _cost_known(
     found: dict[str, Any], names: list[str], config: EvaluateConfig, loaded: dict[str, PreTrainedModel]
 ) -> bool:
     """Whether all models took turns in an earlier run of the same settings: only then do their speeds compare."""
-    context = {name: fitting_context(model, config.cost_context) for name, model in loaded.items()}
+    context = {name: fitting(model, config.cost_context)[0] for name, model in loaded.items()}
     known = found["cost"]
     return all(
         name in known

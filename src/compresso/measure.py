@@ -1,6 +1,7 @@
 """One figure of one model: a task of lm-eval, or the perplexity of a text."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -41,9 +42,9 @@ class Subject:
 def settings_of(subject: Subject, wanted: Wanted, config: EvaluateConfig) -> dict[str, Any]:
     """What a figure depends on besides the weights; a figure made with the same need not be made again."""
     prompt = _prompt(subject, wanted, config)
-    file = wanted.files.get("test")
+    files = [Path(file) for file in wanted.files.values()] + [path for path in [wanted.definition] if path]
     if not wanted.registered and config.folder is not None:
-        file = str(find_text(wanted.name.partition("@")[0], config.folder))
+        files = [path for path in [find_text(wanted.name.partition("@")[0], config.folder)] if path]
     return {
         "prompt": prompt.name,
         "prompt_format": prompt.format,
@@ -51,8 +52,8 @@ def settings_of(subject: Subject, wanted: Wanted, config: EvaluateConfig) -> dic
         "chat_template": config.chat_template,
         "limit": config.limit,
         "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(subject.model.dtype)[6:]],
-        "source": file or "hub",
-        "source_digest": _digest(Path(file).read_bytes()) if file else None,
+        "source": str(files[0]) if files else "hub",
+        "source_digest": _digest(b"".join(path.read_bytes() for path in files)) if files else None,
         "seed": SEED,
         "lm_eval": version("lm-eval"),
         "group": wanted.group,
@@ -80,13 +81,8 @@ def measure(
     system = subject.prompt.system
     samples, aggregated = run_task(lm, task, config.limit, system=system, chat_template=config.chat_template)
     metrics = _metrics(samples, aggregated)
-    metric = wanted.metric if wanted.metric in metrics else next(iter(metrics))
-    if "exact_match,strip" in metrics:
-        metric = "exact_match,strip"
     return {
-        "metric": metric,
-        "value": metrics[metric]["value"],
-        "stderr": metrics[metric]["stderr"],
+        **headline(metrics, wanted.metric),
         "n": len({sample["doc_id"] for sample in samples}),
         "shots": task.get_config("num_fewshot"),
         "version": (task.get_config("metadata") or {}).get("version"),
@@ -96,6 +92,14 @@ def measure(
         "equal_parts": wanted.equal_parts,
         "metrics": metrics,
     }
+
+
+def headline(metrics: dict[str, dict[str, Any]], wanted: str | None) -> dict[str, Any]:
+    """The figure that stands for a task: of the metric wanted, if it has it."""
+    metric = wanted if wanted in metrics else next(iter(metrics))
+    if "exact_match,strip" in metrics:
+        metric = "exact_match,strip"
+    return {"metric": metric, "value": metrics[metric]["value"], "stderr": metrics[metric]["stderr"]}
 
 
 def _prompt(subject: Subject, wanted: Wanted, config: EvaluateConfig) -> CollaborativePrompt:
@@ -113,6 +117,8 @@ def _bridge(subject: Subject, wanted: Wanted, config: EvaluateConfig) -> Prompte
         prompt = subject.prompt
         in_chat = prompt.format == "chat" or config.chat_template
         turn = subject.encoder.system_turn(prompt) if in_chat else ""
+        if turn and config.chat_template and prompt.system:  # lm-eval adds a task's description to the turn
+            turn = turn[: turn.index(prompt.system) + len(prompt.system)]
         lm = PromptedLM(
             subject.model,
             subject.tokenizer,
@@ -133,13 +139,18 @@ def _metrics(samples: list[dict[str, Any]], aggregated: dict[str, Any]) -> dict[
         for metric in rows[0]["metrics"]:
             name = metric if kind == "none" else f"{metric},{kind}"
             values = [row[metric] for row in rows]
+            value = aggregated.get(f"{metric},{kind}")
+            found: dict[str, Any] = {
+                "value": value if value is None else _finite(float(value)),
+                "stderr": None,
+                "scores": None,
+            }
             if all(isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0 for value in values):
                 scores = [float(value) for value in values]
                 mean = sum(scores) / len(scores)
-                metrics[name] = {"value": mean, "stderr": _finite(standard_error(scores)), "scores": scores}
-            else:
-                value = aggregated.get(f"{metric},{kind}")
-                metrics[name] = {"value": value, "stderr": None, "scores": None}
+                if found["value"] is not None and math.isclose(mean, found["value"], rel_tol=1e-6, abs_tol=1e-9):
+                    found = {"value": mean, "stderr": _finite(standard_error(scores)), "scores": scores}
+            metrics[name] = found
     return metrics
 
 
@@ -153,7 +164,8 @@ def _measure_text(subject: Subject, wanted: Wanted, config: EvaluateConfig) -> d
     context = subject.encoder.context
     if context is not None and window + len(prefix) > context:
         raise ValueError(f"windows of {window} tokens after a prompt of {len(prefix)} exceed the context of {context}")
-    windows = text_windows(text, subject.tokenizer, config.limit and config.limit * WINDOW // window, window)
+    count = None if config.limit is None else max(1, config.limit * WINDOW // window)
+    windows = text_windows(text, subject.tokenizer, count, window)
     nats = window_nats(subject.model, windows, prefix)
     value, error = perplexity(nats), _finite(standard_error(nats))
     found = {"value": value, "stderr": None if error is None else value * error, "scores": nats}
@@ -177,5 +189,5 @@ def _digest(content: str | bytes) -> str:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if value == value else None
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None

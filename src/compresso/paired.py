@@ -20,7 +20,7 @@ class Difference:
     low: float
     high: float
     variance: float
-    """Of the mean, from the sample."""
+    """Of the mean, as a weighted mean takes it."""
     p_value: float
     n: int
     method: str
@@ -43,9 +43,9 @@ def _binary(a: Sequence[float], b: Sequence[float]) -> Difference:
     gained = sum(y > x for x, y in zip(a, b, strict=True))
     lost = sum(y < x for x, y in zip(a, b, strict=True))
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    reach = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    variance = (p + q - (p - q) ** 2) / (n + 2)  # not 0 where no document differs
+    reach = Z * math.sqrt(variance)
     mean = (gained - lost) / n
-    variance = ((gained + lost) / n - mean**2) / (n - 1)
     p_value = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     low, high = max(-1.0, p - q - reach), min(1.0, p - q + reach)
     return Difference(mean, low, high, variance, float(p_value), n, "Bonett-Price, McNemar exact")

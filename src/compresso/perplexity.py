@@ -39,7 +39,7 @@ def text_windows(
     if len(ids) < least:
         raise ValueError(f"the text for the perplexity has only {len(ids)} tokens, at least {least} are needed")
     window = min(window, len(ids))
-    count = min(windows or len(ids), len(ids) // window)
+    count = len(ids) // window if windows is None else min(windows, len(ids) // window)
     return torch.tensor(ids[: window * count]).view(count, window)
 
 
@@ -47,7 +47,7 @@ def text_windows(
 def window_nats(model: PreTrainedModel, windows: Tensor, prefix: Sequence[int] = ()) -> list[float]:
     """Mean next-token loss of each window (N, T), in nats a token; the first token of a window is no target.
 
-    `prefix` are tokens that stand before every window and are no targets.
+    `prefix` are tokens that stand before every window and are no targets. Raises ValueError if a loss is not finite.
     """
     ids = torch.tensor(list(prefix), dtype=torch.long, device=model.device)
     cache = run_prefix(model, ids, model.config) if len(ids) else None
@@ -61,6 +61,8 @@ def window_nats(model: PreTrainedModel, windows: Tensor, prefix: Sequence[int] =
         parts = zip(logits.split(POSITIONS_AT_ONCE, 1), rows[:, 1:].split(POSITIONS_AT_ONCE, 1), strict=True)
         losses = [functional.cross_entropy(z.float().transpose(1, 2), y, reduction="none") for z, y in parts]
         nats += torch.cat(losses, 1).double().mean(1).tolist()
+    if not all(map(math.isfinite, nats)):
+        raise ValueError("the model's probabilities are not numbers (NaN or infinite); its weights may be damaged")
     return nats
 
 

@@ -24,6 +24,11 @@ def run_prefix(decoder: nn.Module, ids: Tensor, config: PreTrainedConfig) -> Dyn
     return cache
 
 
+def is_shareable(cache: DynamicCache) -> bool:
+    """Whether all of a model's memory is keys and values (that of a state-space layer is not)."""
+    return all(getattr(layer, "keys", None) is not None for layer in cache.layers)
+
+
 def for_rows(cache: DynamicCache, rows: int) -> DynamicCache:
     """The one-row cache as the beginning of `rows` rows: views, nothing is copied; `cache` stays as it is."""
     shared = copy.copy(cache)

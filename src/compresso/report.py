@@ -5,7 +5,6 @@ damaged or foreign; the template escapes whatever they hold. Paths of the user's
 appear only where config.yaml names them.
 """
 
-import json
 import math
 import os
 import re
@@ -23,42 +22,13 @@ from compresso import charts
 from compresso import plan as plans
 from compresso.charts import Mark
 from compresso.config import PruneConfig, read_yaml
+from compresso.schemas import EVALUATION, METRICS, SUMMARY, parse
 
 Z = 1.96  # 95 % of a normal distribution
-SCHEMA = "compresso-eval/1"
 MEAN = "mean of "  # before the name of a suite
 FACTS = ("metric", "shots", "n", "window", "version", "lm_eval", "prompt")
 PATH = re.compile(r"(?<!\S)(?:[A-Za-z]:)?(?:[/\\][^\s/\\]+)*[/\\]([^\s/\\]+)")  # an absolute one
 LARGEST_LOG = 50.0  # of a ratio of perplexities; what is beyond it cannot be drawn
-SPREADS = "prefill_tokens_per_second|decode_tokens_per_second|first_token_seconds?|peak_memory_bytes?"
-KINDS: dict[str, Any] = {"number": (int, float), "text": str, "object": dict, "list": list}
-SUMMARY = {
-    "sparsity|target_sparsity|perplexity_window|seconds?": "number",
-    "parameters|prunable_parameters|hidden_size.before|after": "number",
-    "bytes.before|after?": "number",
-    "loss|perplexity.dense|cut|recovered?": "number",
-    "cost?.before|after.batch|context|parameters?|kv_bytes_per_token?": "number",
-    f"cost?.before|after.{SPREADS}.median|min|max": "number",
-    "logit_differences?.*": "number",
-    "model": "text",
-    "sample.question|dense|cut|recovered?": "text",
-    "recovery?": "object",
-}
-METRICS = {"loss|expected_sparsity?|target_sparsity?": "number", "stage|phase": "text"}
-EVALUATION = {
-    "schema": "text",
-    "models.*.stage?|fingerprint?": "text",
-    "models.*.parameters": "number",
-    "results|averages?.*.*.metric|group?": "text",
-    "results|averages?.*.*.value?|stderr?": "number",
-    "comparisons?.[].a|b|task|metric": "text",
-    "comparisons?.[].difference|low|high|p_value?": "number",
-    "cost?.*.batch|context|parameters?|weight_bytes?|kv_bytes_per_token?": "number",
-    f"cost?.*.{SPREADS}.median|min|max": "number",
-    "left_out?|versions?.*": "text",
-}
-"""What the page needs of a file: keys of nested objects, each of those between |, those with ? if they are there; * is
-every key, [] every item of a list. Null counts as missing."""
 
 
 @dataclass(frozen=True)
@@ -173,47 +143,19 @@ def read_run(folder: Path, name: str, slug: str) -> Run:
         config = PruneConfig(**read_yaml(folder / "config.yaml"))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.yaml'} is damaged: {error}") from None
-    environment = _parse((folder / "env.json").read_bytes(), {"versions.*": "text"}, str(folder / "env.json"))
+    environment = parse((folder / "env.json").read_bytes(), {"versions.*": "text"}, str(folder / "env.json"))
     metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
     lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
     return Run(
         name,
         slug,
-        _parse((folder / "summary.json").read_bytes(), SUMMARY, str(folder / "summary.json")),
+        parse((folder / "summary.json").read_bytes(), SUMMARY, str(folder / "summary.json")),
         environment["versions"] | {key: str(value) for key, value in environment.items() if key != "versions"},
         config,
         plans.load(folder),
-        [_parse(line, METRICS, f"{metrics}, line {i}") for i, line in enumerate(lines, 1) if line.strip()],
-        _parse(evaluation.read_bytes(), EVALUATION, str(evaluation)) if evaluation.is_file() else {},
+        [parse(line, METRICS, f"{metrics}, line {i}") for i, line in enumerate(lines, 1) if line.strip()],
+        parse(evaluation.read_bytes(), EVALUATION, str(evaluation)) if evaluation.is_file() else {},
     )
-
-
-def _parse(text: bytes, needed: dict[str, str], where: str) -> Any:
-    try:
-        found = json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if v is not None})
-        for keys, kind in needed.items():
-            _check(found, keys, kind, "it")
-        if needed is EVALUATION and found["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {found['schema']!r}, expected {SCHEMA!r}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged or not of this version: {error}. Restore it, or run it again") from None
-    return found
-
-
-def _check(found: Any, keys: str, kind: str, where: str) -> None:
-    """Raise ValueError unless all that these keys lead to is of this kind."""
-    first, _, deeper = keys.partition(".")
-    expected = kind if not keys else "list" if first == "[]" else "object"
-    if not isinstance(found, KINDS[expected]):
-        raise ValueError(f"{where} is {str(found)[:40]!r}, expected: {expected}")
-    if first in ("*", "[]"):
-        for name, inner in found.items() if first == "*" else enumerate(found):
-            _check(inner, deeper, kind, f"{where}[{name!r}]")
-    for key in first.split("|") if first not in ("", "*", "[]") else ():
-        if key.removesuffix("?") in found:
-            _check(found[key.removesuffix("?")], deeper, kind, f"{where}[{key.removesuffix('?')!r}]")
-        elif not key.endswith("?"):
-            raise ValueError(f"{where} has no {key!r}")
 
 
 def _ends(paths: Sequence[str]) -> list[str]:
@@ -272,7 +214,8 @@ def _merge(whole: dict[str, Any], file: dict[str, Any], page: dict[str, str]) ->
     """Add a file's figures under the names of the page; what is there already stays."""
     averages = file.get("averages", {})
     for name, shown in page.items():
-        rows = {task: entry for task, entry in file["results"].get(name, {}).items() if not entry.get("group")}
+        results = file["results"].get(name, {})
+        rows = {task: entry for task, entry in results.items() if entry.get("group") not in results}
         rows |= {MEAN + suite: entry for suite, entry in averages.get(name, {}).items()}
         for task, entry in rows.items():
             value = entry.get("value", math.nan)

@@ -6,9 +6,11 @@ anything; `build` makes lm-eval's task object of one of them.
 
 import difflib
 import functools
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,20 @@ class Wanted:
     """One figure to measure: a task of lm-eval, or the perplexity of a text."""
 
     name: str
-    """In results."""
+    """In results: of a part of a group, GROUP/TASK."""
     registered: str = ""
     """In lm-eval; empty for a text."""
     group: str | None = None
     """The name, in results, of the group that it is part of."""
+    parts: tuple[int, int] = (0, 0)
+    """How many parts of the group are measured, and how many it has."""
     equal_parts: bool = False
     """Whether each part of the group counts the same, whatever its size."""
     metric: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     """Local documents, by split."""
+    definition: Path | None = None
+    """A task file of the user's."""
 
     @property
     def few_shot(self) -> bool:
@@ -75,24 +81,41 @@ def plan_tasks(
             for part in [Wanted(task)] if "@" in task else _parts(task, metric, manager):
                 found = part
                 if data_dir is not None and part.registered:
-                    files = _local_files(part, data_dir, manager)
-                    if isinstance(files, str):
-                        left_out[part.group or part.name] = files
+                    try:
+                        found = _with_local_files(part, data_dir, manager)
+                    except (OSError, ValueError) as error:
+                        left_out[part.name] = str(error)
                         continue
-                    found = Wanted(part.name, part.registered, part.group, part.equal_parts, part.metric, files)
                 wanted.setdefault(part.name, found)
-    return list(wanted.values()), left_out
+    there = Counter(part.group for part in wanted.values())
+    planned = [
+        replace(part, parts=(there[part.group], part.parts[1])) if part.group else part for part in wanted.values()
+    ]
+    return planned, _by_group(left_out, there)
+
+
+def _by_group(left_out: dict[str, str], there: Counter[str | None]) -> dict[str, str]:
+    """One reason for a group all or some of whose parts are left out."""
+    found: dict[str, str] = {}
+    for name, reason in left_out.items():
+        group, slash, _ = name.partition("/")
+        if not slash:
+            found[name] = reason
+        elif group not in found:
+            missing = sum(other.startswith(group + "/") for other in left_out)
+            found[group] = f"{missing} of its {missing + there[group]} parts; the first: {reason}"
+    return found
 
 
 def check_names(asked: list[str], manager: TaskManager | None) -> None:
     """Raise Unknown for the first name that is nothing, with the nearest ones."""
     for name in asked:
         text, at, window = name.partition("@")
-        if at and (text not in ("wikitext2", "ptb", "c4") or not window.isdigit() or int(window) < 16):
+        if at and (text not in ("wikitext2", "ptb", "c4") or not window.isdecimal() or int(window) < 16):
             raise Unknown(f"{name!r} is no perplexity; write wikitext2, ptb or c4, @, and the window in tokens")
         if at or name in SUITES or name in ALIASES or (manager is not None and name in manager.task_index):
             continue
-        known = [*SUITES, *ALIASES, *(manager.all_tasks if manager else [])]
+        known = {*SUITES, *ALIASES, *(manager.all_tasks if manager else [])}
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise Unknown(f"unknown suite or task {name!r}{hint}. Suites are {', '.join(SUITES)}")
@@ -108,7 +131,7 @@ def _parts(task: str, metric: str | None, manager: TaskManager | None) -> Iterat
         return
     equal = task == "bbh" or not _weighted(registered, manager)
     for leaf in leaves:
-        yield Wanted(leaf, leaf, task, equal, metric)
+        yield Wanted(f"{task}/{leaf}", leaf, task, (len(leaves), len(leaves)), equal, metric)
 
 
 def _leaves(name: str, manager: TaskManager) -> Iterator[str]:
@@ -133,14 +156,18 @@ def _weighted(group: str, manager: TaskManager) -> bool:
     return bool(metrics[0].get("weight_by_size", True))
 
 
-def _local_files(part: Wanted, data_dir: Path, manager: TaskManager | None) -> dict[str, str] | str:
-    """The files of a task by split, or why there are none. Tasks whose own file lies in the folder need none."""
+def _with_local_files(part: Wanted, data_dir: Path, manager: TaskManager | None) -> Wanted:
+    """The task with its files by split; one that the folder itself defines says where they are.
+
+    Raises FileNotFoundError if there is none, ValueError if one is damaged.
+    """
     assert manager is not None
     path = manager.task_index[part.registered].yaml_path
     if path is not None and path.resolve().is_relative_to(data_dir.resolve()):
-        return {}
+        return replace(part, definition=path)
     folders = [data_dir, data_dir / "eval"]
-    names = [f"{part.name}.jsonl", f"{part.registered}.jsonl"]
+    own = part.name.rpartition("/")[2]
+    names = list(dict.fromkeys([f"{own}.jsonl", f"{part.registered}.jsonl"]))
     dev = None
     if part.group == "mmlu" or part.registered.startswith("mmlu_"):
         subject = part.registered.removeprefix("mmlu_")
@@ -150,8 +177,26 @@ def _local_files(part: Wanted, data_dir: Path, manager: TaskManager | None) -> d
     for folder in folders:
         for name in names:
             if (folder / name).is_file() and (dev is None or (folder / dev).is_file()):
-                return {"test": str(folder / name), **({"dev": str(folder / dev)} if dev else {})}
-    return f"no file {' or '.join([*names, *([dev] if dev else [])])} in {data_dir} or {data_dir / 'eval'}"
+                files = {"test": str(folder / name), **({"dev": str(folder / dev)} if dev else {})}
+                for file in files.values():
+                    _check_documents(Path(file))
+                return replace(part, files=files)
+    wanted = " or ".join(names) + (f", and {dev}," if dev else "")
+    raise FileNotFoundError(f"no file {wanted} in {data_dir} or {data_dir / 'eval'}")
+
+
+def _check_documents(file: Path) -> None:
+    """Raise ValueError, naming the line, unless a file holds an object in JSON a line."""
+    number = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                raise ValueError(f"{file}, line {number} is not an object in JSON") from None
+    if not number:
+        raise ValueError(f"{file} is empty")
 
 
 def build(wanted: Wanted, manager: TaskManager, prompted: bool) -> Task:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -156,15 +157,15 @@ def release_memory() -> None:
 
 def status(text: str) -> AbstractContextManager:
     """Tell what is being done, where somebody watches."""
-    return console.status(text) if console.is_terminal else nullcontext()
+    return console.status(Text(text)) if console.is_terminal else nullcontext()
 
 
 def progress_bar() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
