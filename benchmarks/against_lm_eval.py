@@ -1,6 +1,6 @@
 """The same model and documents by `compresso evaluate` and by lm-eval's own `hf` model: are the figures equal?
 
-python benchmarks/against_lm_eval.py --data-dir ../shared/data     # writes benchmarks/results/against_lm_eval.json
+python benchmarks/against_lm_eval.py --data-dir my-data     # writes benchmarks/results/against_lm_eval.json
 
 lm-eval loads the checkpoint by itself, with dtype=float32 and its defaults; it gets its own task files with nothing
 changed but where the documents are. It resumes: what is in the result is not measured again.

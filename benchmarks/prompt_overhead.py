@@ -1,6 +1,6 @@
 """What the collaborative prompt costs an evaluation: seconds with it over seconds without, the two alternating.
 
-python benchmarks/prompt_overhead.py --data-dir ../shared/data     # writes benchmarks/results/prompt_overhead.json
+python benchmarks/prompt_overhead.py --data-dir my-data     # writes benchmarks/results/prompt_overhead.json
 """
 
 import argparse
@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tasks", nargs="+", default=["piqa", "hellaswag", "boolq"])
-    parser.add_argument("--limit", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
     model, tokenizer = checkpoint.load(given.model, torch.float32)
     manager = task_manager(given.data_dir)

@@ -190,7 +190,10 @@ def test_the_papers_prompt_stands_before_requests_and_in_mmlus_introduction(run,
         (["--suite", "arc_eazy"], "arc_easy"),
         (["--suite", "wikitext3@512"], "no perplexity; write wikitext2, ptb or c4"),
         (["--suite", "wikitext2@big"], "no perplexity"),
-        (["--suite", "race_high"], "nothing to measure. race_high: no file race_high.jsonl or race.jsonl in"),
+        (
+            ["--suite", "race_high"],
+            "nothing to measure. race_high: no file race_high.jsonl or race.jsonl in the folder of --data-dir",
+        ),
         (["--suite", "ptb@512"], "nothing to measure. ptb@512: no such text in"),
         (["--suite", "piqa", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--suite", "piqa", "--batch-size", "many"], "batch_size must be a number of at least 1, or auto"),
@@ -256,3 +259,102 @@ def test_settings_that_change_a_figure_are_its_key(two, local):
     wanted = Wanted("piqa", "piqa", files={"test": str(local / "piqa.jsonl")})
     assert settings_of(subject, wanted, base)["prompt"] == "short"
     assert settings_of(subject, Wanted("c4@64"), base)["prompt"] == "none"
+
+
+def test_parts_of_groups_and_tasks_of_the_same_name_stand_apart(run, two):
+    model = str(two[1])
+    found = run("mmlu", models=[model])["results"][model]
+    assert (found["mmlu"]["n"], found["mmlu"]["parts"], found["mmlu"]["group_size"]) == (8, 2, 57)
+    assert "2 of 57 parts" in run.output.with_suffix(".md").read_text()
+    found = run("mmlu_anatomy", models=[model])["results"][model]
+    assert found["mmlu_anatomy"]["shots"] == 0
+    assert found["mmlu"]["n"] == 8, "the group is still whole"
+
+
+def test_what_was_asked_in_two_ways_is_not_pooled(run, two, monkeypatch):
+    model = str(two[1])
+    run("mmlu,commonsense", models=[model])
+    real = evaluation.measure
+
+    def stops(subject, task, *args):
+        if task.name in ("mmlu/mmlu_astronomy", "hellaswag"):
+            raise KeyboardInterrupt
+        return real(subject, task, *args)
+
+    monkeypatch.setattr(evaluation, "measure", stops)
+    for suite in ("mmlu", "piqa,hellaswag"):
+        with pytest.raises(KeyboardInterrupt):
+            run(suite, models=[model], prompt="short")
+    found = json.loads(run.output.read_text())
+    assert found["results"][model]["mmlu/mmlu_anatomy"]["prompt"] == "short"
+    assert found["results"][model]["mmlu/mmlu_astronomy"]["prompt"] == "none"
+    assert "mmlu" not in found["results"][model]
+    assert "commonsense" not in found["averages"][model]
+
+
+def test_a_figure_that_is_no_mean_over_documents_keeps_lm_evals_value():
+    samples = [{"filter": "none", "metrics": ["perplexity", "acc"], "perplexity": v, "acc": 1.0} for v in (-2.0, -4.0)]
+    found = measure._metrics(samples, {"perplexity,none": 20.08, "acc,none": 1.0})
+    assert found["perplexity"] == {"value": 20.08, "stderr": None, "scores": None}
+    assert found["acc"]["scores"] == [1.0, 1.0]
+
+
+def test_a_limit_below_a_window_measures_one(run, two):
+    found = run("wikitext2@1024,wikitext2@128", models=[two[1]], limit=1)["results"][str(two[1])]
+    assert (found["wikitext2@1024"]["n"], found["wikitext2@128"]["n"]) == (1, 4)
+
+
+def test_a_failure_leaves_the_older_figure_and_names_all_models(run, two):
+    before = run("wikitext2@64,piqa")
+    with pytest.raises(ValueError, match=rf"exceed the context.*{two[0]}.*exceed.*{two[1]}"):
+        run("wikitext2@4096,piqa", prompt="long", prompt_format="alpaca")
+    after = json.loads(run.output.read_text())
+    for model in map(str, two):
+        assert after["results"][model]["wikitext2@64"] == before["results"][model]["wikitext2@64"]
+
+
+def test_a_model_of_nans_is_an_error_and_the_file_stays_json(run, two, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    broken = tmp_path / "nan"
+    shutil.copytree(two[1], broken)
+    model = AutoModelForCausalLM.from_pretrained(two[1])
+    model.model.norm.weight.data[:] = float("nan")
+    model.save_pretrained(broken)
+    with pytest.raises(ValueError, match=r"wikitext2@64: .*not numbers.*"):
+        run("piqa,wikitext2@64", models=[broken])
+    assert "NaN" not in run.output.read_text()
+
+
+def test_damaged_files_are_named(run, two, local, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(local, data)
+    (data / "piqa.jsonl").write_text('{"goal": "x"}\nnot json\n')
+    (data / "boolq.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"piqa.jsonl, line 2 is not an object in JSON.*boolq.jsonl is empty"):
+        run("piqa,boolq,arc_easy", models=[two[1]], data_dir=str(data))
+    assert json.loads(run.output.read_text())["results"][str(two[1])]["arc_easy"]["n"] == 4
+    for damage in ('"results":{"x":[]}', '"models":{"x":[]}'):
+        (tmp_path / "bad.json").write_text('{"schema":"compresso-eval/1",' + damage + "}")
+        with pytest.raises(ValueError, match=r"bad.json is not an eval.json"):
+            run("piqa", output=str(tmp_path / "bad.json"))
+    (tmp_path / "mine.md").write_text("# Mine")
+    with pytest.raises(ValueError, match=r"mine.md, where the table would go, is another text"):
+        run("piqa", output=str(tmp_path / "mine.json"))
+    with pytest.raises(ValueError, match=r"cannot write /proc/x\.json"):
+        run("piqa", output="/proc/x.json")
+    with pytest.raises(ValueError, match="named twice"):
+        run("piqa", models=[two[1], f"{two[1]}/"])
+
+
+def test_few_shot_tasks_in_turns_of_the_chat_template(run, two):
+    found = run("mmlu,piqa", models=[two[0]], chat_template=True, prompt="short", prompt_format="chat")
+    assert found["results"][str(two[0])]["mmlu"]["prompt"] == "short"
+
+
+def test_a_model_with_few_positions_has_a_cost(run, tokenizer, tmp_path):
+    small = tmp_path / "small"
+    tiny_model("llama", max_position_embeddings=20).save_pretrained(small)
+    tokenizer.save_pretrained(small)
+    cost = run("wikitext2@16", models=[small], cost=True)["cost"][str(small)]
+    assert cost["context"] + cost["new_tokens"] <= 20

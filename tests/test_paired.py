@@ -85,3 +85,10 @@ def test_standard_error_is_lm_evals():
 
     scores = [1.0, 0.0, 0.0, 1.0, 1.0]
     assert standard_error(scores) == pytest.approx(mean_stderr(scores))
+
+
+def test_a_mean_of_differences_without_a_discordant_document_has_an_interval():
+    """Few documents that all agree do not prove that two models are equal."""
+    found = together([difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])] * 2, [1.0, 1.0])
+    assert found.low < -0.2
+    assert found.high > 0.2

@@ -40,7 +40,15 @@ def test_commands(place, checkpoint, data, local, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("compresso ")]
-    assert {line.split()[1] for line in commands} == {"prune", "recover", "evaluate", "compare", "report", "chat"}
+    assert {line.split()[1] for line in commands} == {
+        "prune",
+        "recover",
+        "evaluate",
+        "compare",
+        "report",
+        "chat",
+        "extract",
+    }
     for line in commands:
         message = re.search(r'--message "(.*)"', line)
         words = re.sub(r' --message ".*"', "", line).split()[1:]
@@ -52,6 +60,8 @@ def test_commands(place, checkpoint, data, local, monkeypatch, capsys):
             words += QUICK
         if words[0] in ("evaluate", "compare"):
             words = [str(checkpoint) if word == "demo" else word for word in words]
+        if words[0] == "extract":
+            words = [str(checkpoint) if word == "./my-llama" else word for word in words]
         if words[0] == "evaluate":
             words += ["--data-dir", str(local), "--device", "cpu"]
         if message:

@@ -113,7 +113,7 @@ def _wanted(config: EvaluateConfig) -> tuple[TaskManager | None, list[Wanted], d
         datasets.disable_progress_bars()
         for text in [task for task in wanted if not task.registered]:
             if find_text(text.name.partition("@")[0], config.folder) is None:
-                left_out[text.name] = f"no such text in {config.folder} or {config.folder / 'text'}"
+                left_out[text.name] = "no such text in the folder of --data-dir or its text/"
         wanted = [task for task in wanted if task.name not in left_out]
     if not wanted:
         raise FileNotFoundError("nothing to measure. " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))

@@ -52,7 +52,7 @@ def settings_of(subject: Subject, wanted: Wanted, config: EvaluateConfig) -> dic
         "chat_template": config.chat_template,
         "limit": config.limit,
         "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(subject.model.dtype)[6:]],
-        "source": str(files[0]) if files else "hub",
+        "source": files[0].name if files else "hub",
         "source_digest": _digest(b"".join(path.read_bytes() for path in files)) if files else None,
         "seed": SEED,
         "lm_eval": version("lm-eval"),

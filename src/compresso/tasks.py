@@ -182,7 +182,7 @@ def _with_local_files(part: Wanted, data_dir: Path, manager: TaskManager | None)
                     _check_documents(Path(file))
                 return replace(part, files=files)
     wanted = " or ".join(names) + (f", and {dev}," if dev else "")
-    raise FileNotFoundError(f"no file {wanted} in {data_dir} or {data_dir / 'eval'}")
+    raise FileNotFoundError(f"no file {wanted} in the folder of --data-dir or its eval/")
 
 
 def _check_documents(file: Path) -> None:
@@ -194,9 +194,9 @@ def _check_documents(file: Path) -> None:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise ValueError
             except (ValueError, RecursionError):
-                raise ValueError(f"{file}, line {number} is not an object in JSON") from None
+                raise ValueError(f"{file.name}, line {number} is not an object in JSON") from None
     if not number:
-        raise ValueError(f"{file} is empty")
+        raise ValueError(f"{file.name} is empty")
 
 
 def build(wanted: Wanted, manager: TaskManager, prompted: bool) -> Task:
