@@ -56,10 +56,10 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, 
     path = _output(names, config)
     found = eval_file.read(path)
     eval_file.check_writable(path)
-    measured = {task.name for task in wanted}
-    found["left_out"] = {k: v for k, v in found["left_out"].items() if k not in measured} | left_out
-    found["versions"] = versions()
     measurable = {task.group or task.name for task in wanted}
+    tried = {"cost", *measurable, *(task.name for task in wanted)}
+    found["left_out"] = {k: v for k, v in found["left_out"].items() if k not in tried} | left_out
+    found["versions"] = versions()
     failed = {name: left_out[name] for name in config.asked if name in left_out and name not in measurable}
     loaded: dict[str, PreTrainedModel] = {}
     for name in names:
