@@ -222,7 +222,7 @@ def test_recover_and_chat_need_a_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prune"], ["recover"], ["evaluate"], ["compare"], ["report"], ["extract"], ["chat"]]
+    "command", [[], ["prune"], ["recover"], ["evaluate"], ["compare"], ["report"], ["extract"], ["estimate"], ["chat"]]
 )
 def test_help_shows_examples(capsys, command):
     if command:

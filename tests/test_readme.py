@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from compresso.cli import main
+from compresso.cli import COMMANDS, main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 QUICK = [
@@ -40,15 +40,7 @@ def test_commands(place, checkpoint, data, local, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("compresso ")]
-    assert {line.split()[1] for line in commands} == {
-        "prune",
-        "recover",
-        "evaluate",
-        "compare",
-        "report",
-        "chat",
-        "extract",
-    }
+    assert {line.split()[1] for line in commands} == set(COMMANDS)
     for line in commands:
         message = re.search(r'--message "(.*)"', line)
         words = re.sub(r' --message ".*"', "", line).split()[1:]

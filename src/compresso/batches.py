@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from compresso.prompts import CollaborativePrompt
@@ -41,6 +42,9 @@ class Batch:
     labels: Tensor
     tokens: int
     """Real tokens, the prefix counted once per row."""
+    places: Tensor
+    """(N,) positions in the flattened rows whose next token is a target: found before the rows go to a device, which
+    would have to be waited for."""
 
     @property
     def targets(self) -> int:
@@ -50,10 +54,17 @@ class Batch:
         """The same rows with the prefix in front of each."""
         prefix = self.prefix.expand(len(self.ids), -1)
         labels = torch.cat([torch.full_like(prefix, IGNORE), self.labels], 1)
-        return Batch(self.prefix[:0], torch.cat([prefix, self.ids], 1), labels, self.tokens)
+        return Batch(self.prefix[:0], torch.cat([prefix, self.ids], 1), labels, self.tokens, before_targets(labels))
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.prefix.to(device), self.ids.to(device), self.labels.to(device), self.tokens)
+        there = (t.to(device) for t in (self.prefix, self.ids, self.labels, self.places))
+        prefix, ids, labels, places = there
+        return Batch(prefix, ids, labels, self.tokens, places)
+
+
+def before_targets(labels: Tensor) -> Tensor:
+    """Flat positions in rows of labels (B, T) that are followed, in their row, by a target: (N,)."""
+    return functional.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero().squeeze(1)
 
 
 class Encoder:
@@ -214,9 +225,8 @@ def collate(examples: list[Example]) -> Batch:
     for i, e in enumerate(examples):
         ids[i, : len(e.ids) - shared] = torch.tensor(e.ids[shared:])
         labels[i, : len(e.ids) - shared] = torch.tensor(e.labels[shared:])
-    return Batch(
-        torch.tensor(examples[0].ids[:shared], dtype=torch.long), ids, labels, sum(len(e.ids) for e in examples)
-    )
+    prefix = torch.tensor(examples[0].ids[:shared], dtype=torch.long)
+    return Batch(prefix, ids, labels, sum(len(e.ids) for e in examples), before_targets(labels))
 
 
 def batches(records: list[Record], encoder: Encoder, prompt: CollaborativePrompt, parts: int = 1) -> list[Batch]:

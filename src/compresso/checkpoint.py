@@ -85,21 +85,21 @@ def load(
             model, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except BAD_WEIGHTS as error:
-        raise ValueError(f"the weights of {model} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the weights of {model} cannot be loaded: {first_line(error)}") from error
     _refuse_incomplete(model, info)
     return loaded.eval(), load_tokenizer(model)
 
 
 def _unreadable(model: str, local: bool, error: Exception) -> Exception:
     if local:
-        return ValueError(f"{model}/config.json cannot be read: {_first_line(error)}")
+        return ValueError(f"{model}/config.json cannot be read: {first_line(error)}")
     return FileNotFoundError(
-        f"no folder {model!r}, and the hub gave no such model ({_first_line(error)}). Check the spelling, the "
+        f"no folder {model!r}, and the hub gave no such model ({first_line(error)}). Check the spelling, the "
         "network, and for a gated model `hf auth login`; or pass a local folder, or `--model demo`"
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return lines[0] if not lines[0].endswith(":") or len(lines) == 1 else f"{lines[0]} {lines[1]}"
 
@@ -116,7 +116,7 @@ def _check_folder(folder: Path, any_family: bool) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged or names no model_type: {_first_line(error)}") from error
+        raise ValueError(f"{folder / 'config.json'} is damaged or names no model_type: {first_line(error)}") from error
     if not any_family:
         family_of(str(model_type))
     if not any(folder.glob("*.safetensors")):
@@ -164,7 +164,7 @@ def _load_gguf(
         reader = GGUFReader(path)
         config = AutoConfig.from_pretrained(where, gguf_file=name)
     except Exception as error:  # the parser meets a torn file with whatever numpy or struct raise
-        raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
     if not any_family:
         family_of(config.model_type)
     scaled = [key for key in reader.fields if ".rope.scaling." in key]
@@ -184,7 +184,7 @@ def _load_gguf(
             )
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
     _refuse_incomplete(str(path), info)
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
     settings = {key: value for key, value in raw.config.to_dict().items() if key not in dropped}
@@ -201,7 +201,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"the tokenizer of {model} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -21,6 +21,7 @@ Compresso makes large language models physically smaller.
   compresso compare demo runs/first --message "Hello"     answers side by side
   compresso report runs/first                             a page with pictures
   compresso chat runs/first --message "Who are you?"      ask it something
+  compresso estimate --model ./my-llama --gpu-memory 24   what a run would need
   compresso extract ./my-llama runs/first --output small  apply a run's plan to a checkpoint on disk
 
 `compresso COMMAND --help` tells the settings of a command."""
@@ -76,6 +77,14 @@ Apply the plan of a run to a checkpoint, from files to files, one tensor at a ti
   compresso extract ./my-llama runs/demo --output smaller
 
 The plan fits only checkpoints of the model that it was made from (the same widths), fine-tuned ones too."""
+
+ESTIMATE = """\
+Tell what a run needs before it is started, from the model's config alone: memory by part, steps, tokens, hours.
+
+  compresso estimate --model ./my-llama --gpu-memory 24
+  compresso estimate --config runs/demo/config.yaml --gpus 8 --gpu-memory 80 --teraflops 200
+
+The model may be a folder that holds nothing but its config.json."""
 
 Run = Annotated[str, tyro.conf.Positional]
 Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
@@ -235,6 +244,40 @@ def _extract(args: list[str]) -> None:
         console.print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}", markup=False)
 
 
+def _estimate(args: list[str]) -> None:
+    def settings(
+        config: str | None = None,
+        model: str | None = None,
+        gpus: int = 1,
+        gpu_memory: float | None = None,
+        teraflops: float | None = None,
+    ) -> tuple[str | None, str | None, int, float | None, float | None]:
+        """
+        Args:
+            config: Settings as `prune` reads them.
+            model: Checkpoint folder, .gguf file or hub id, instead of that of the settings.
+            gpus: Processes, a GPU each.
+            gpu_memory: Memory of each, in GB, to tell whether it fits.
+            teraflops: Tera operations per second that each sustains, to tell the hours.
+        """
+        return config, model, gpus, gpu_memory, teraflops
+
+    path, model, gpus, gpu_memory, teraflops = tyro.cli(
+        settings, args=args, prog="compresso estimate", description=ESTIMATE
+    )
+    for name, value in (("--gpus", gpus), ("--gpu-memory", gpu_memory), ("--teraflops", teraflops)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    of_file = read_yaml(path) if path is not None else {}
+    config = PruneConfig(**{**of_file, **({"model": model} if model is not None else {})})
+    from compresso.estimate import estimate, show
+    from compresso.workbench import console, status
+
+    with status("running a step on shapes"):
+        found = estimate(config, gpus)
+    show(found, gpus, gpu_memory, teraflops, console)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "prune": _prune,
     "recover": _recover,
@@ -242,6 +285,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "report": _report,
     "extract": _extract,
+    "estimate": _estimate,
     "chat": _chat,
 }
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from compresso.batches import IGNORE, Batch
+from compresso.batches import Batch
 from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
@@ -56,7 +56,7 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     family = family_of(model.config.model_type)
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
-    if decoder.gradient_checkpointing and decoder.training:
+    if decoder.gradient_checkpointing and decoder.training and len(batch.prefix):
         batch = batch.unshared()  # transformers drops the cache while it recomputes activations
     cache = None
     if len(batch.prefix):
@@ -66,8 +66,8 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         position_ids=positions_after(len(batch.prefix), batch.ids),
         **with_cache(decoder, cache),
     ).last_hidden_state
-    wanted = batch.labels[:, 1:] != IGNORE
-    hidden, labels = hidden[:, :-1][wanted], batch.labels[:, 1:][wanted]
+    hidden = hidden.flatten(0, 1).index_select(0, batch.places)
+    labels = batch.labels.flatten().index_select(0, batch.places + 1)
     head = model.get_submodule(family.head)
 
     def loss_of(part: Tensor, label: Tensor) -> Tensor:

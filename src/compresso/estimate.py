@@ -1,0 +1,238 @@
+"""What a run needs, before it is started: memory by part, steps, tokens, hours. From shapes alone, without weights.
+
+One training step is run on tensors without numbers, in a model of two layers and in one of
+three; layers are alike, so that the rest follows. What is counted is what the real code keeps.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from compresso import checkpoint
+from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
+from compresso.config import PruneConfig
+from compresso.families import family_of
+from compresso.masks import Gates
+from compresso.methods import add_lora, inside
+from compresso.prompts import find_prompt
+from compresso.shape import ModelShape, count_prunable, describe
+from compresso.train import target_loss
+
+CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Counts, and bytes of one process (each holds a whole model)."""
+
+    parameters: int
+    prunable: int
+    adapters: int
+    gates: int
+    training: dict[str, int]
+    """Bytes at the peak of a training step, by part."""
+    checking: dict[str, int]
+    """Bytes while the cut model is compared with the gated one, in float32, by part."""
+    steps: int
+    tokens: int
+    """Through the model in the whole run and all processes; the shared prompt once a step and process."""
+    operations: float
+    """Floating-point operations for them: forward, and backward to the adapters."""
+
+    @property
+    def peak(self) -> int:
+        return max(sum(self.training.values()), sum(self.checking.values()))
+
+
+def estimate(config: PruneConfig, processes: int = 1) -> Estimate:
+    """What `compresso prune` with these settings needs. Raises as `checkpoint.find` if there is no such model."""
+    architecture, prompt_tokens = _look(config)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    whole = _on_meta(architecture, dtype)
+    layers = len(describe(whole).layers)
+    parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
+    few, more = (step_memory(_with_layers(architecture, n), dtype, config, prompt_tokens) for n in (2, 3))
+    part = {name: few[name] + (layers - 2) * (more[name] - few[name]) for name in few}
+    rows = -(-config.batch_size // config.accumulation)
+    adapters = part.pop("adapter parameters")
+    cut = parameters - round(config.target_sparsity * prunable)
+    steps = config.steps + config.recover_steps
+    shared = prompt_tokens if _shares(config, rows, prompt_tokens) else prompt_tokens * rows
+    tokens = steps * processes * (config.batch_size * config.max_length + config.accumulation * shared)
+    return Estimate(
+        parameters,
+        prunable,
+        adapters,
+        sum(sum(describe(whole).sizes(unit)) for unit in config.units),
+        {"weights": parameters * dtype.itemsize, **part},
+        {"dense model": 4 * parameters, "cut model": 4 * cut},
+        steps,
+        tokens,
+        4.0 * parameters * tokens,
+    )
+
+
+def show(found: Estimate, gpus: int, gpu_memory: float | None, teraflops: float | None, console: Console) -> None:
+    """Print an estimate; `gpu_memory` in GB, `teraflops` that each GPU sustains."""
+    console.print(
+        f"{found.parameters / 1e9:,.2f} B parameters, {found.prunable / 1e9:,.2f} B of them prunable, "
+        f"{found.gates:,} gates, {found.adapters / 1e6:,.1f} M parameters of LoRA",
+        highlight=False,
+    )
+    table = Table("memory of each process, GB", "", title=None)
+    for stage, parts in (("training", found.training), ("checking, in float32", found.checking)):
+        table.add_row(Text(stage, style="bold"), f"{sum(parts.values()) / 1e9:,.2f}")
+        for name, size in parts.items():
+            table.add_row(f"  {name}", f"{size / 1e9:,.2f}")
+    console.print(table)
+    console.print(
+        f"{found.steps:,} steps, {found.tokens / 1e6:,.1f} M tokens, {found.operations:.2e} operations", highlight=False
+    )
+    if teraflops is not None:
+        hours = found.operations / (teraflops * 1e12 * gpus) / 3600
+        console.print(
+            f"{hours:,.1f} hours on {gpus} GPU{'s' if gpus > 1 else ''} that sustain {teraflops:g} teraflops each"
+        )
+    if gpu_memory is not None:
+        need = found.peak / 1e9
+        verdict = "it fits" if need <= gpu_memory else "it does not fit: every process holds the whole model"
+        console.print(f"{need:,.1f} GB of {gpu_memory:g} GB at the peak: {verdict}", highlight=False)
+
+
+def _look(config: PruneConfig) -> tuple[PreTrainedConfig, int]:
+    """The architecture, and the length of the collaborative prompt in tokens."""
+    bare = (Path(config.model) / "config.json").is_file()  # weights need not be there
+    place = config.model if bare else checkpoint.find(config.model)
+    if place.endswith(".gguf"):
+        folder, _, file = place.rpartition("/")
+        architecture = AutoConfig.from_pretrained(folder or ".", gguf_file=file)
+    else:
+        try:
+            architecture = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        except checkpoint.BAD_CONFIG as error:
+            raise ValueError(f"the config of {place} cannot be read: {checkpoint.first_line(error)}") from error
+    family_of(architecture.model_type)
+    prompt = find_prompt(config.prompt, config.prompt_format)
+    try:
+        return architecture, len(checkpoint.load_tokenizer(place)(prompt.body)["input_ids"]) if prompt.body else 0
+    except ValueError:
+        return architecture, len(prompt.body) // CHARACTERS_A_TOKEN
+
+
+def _shares(config: PruneConfig, rows: int, prompt_tokens: int) -> bool:
+    """Whether the prompt is run once for all rows of a batch."""
+    return rows > 1 and prompt_tokens >= SHARED_PREFIX_FROM and not config.gradient_checkpointing
+
+
+def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    fewer = copy.deepcopy(architecture)
+    fewer.num_hidden_layers = layers
+    fewer.per_layer_config = None
+    if getattr(fewer, "layer_types", None):
+        fewer.layer_types = fewer.layer_types[:layers]
+    return fewer
+
+
+def _on_meta(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+
+
+def step_memory(
+    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int
+) -> dict[str, int]:
+    """Bytes that one training step of this model takes beyond its weights, by part; every record at its full length."""
+    with torch.device("meta"):
+        wrapped = add_lora(_on_meta(architecture, dtype), config, config.seed)
+    model = inside(wrapped).train()
+    shape = describe(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapters = sum(p.numel() for p in trained)
+    bytes_of = sum(p.numel() * p.element_size() for p in trained)
+    rows = -(-config.batch_size // config.accumulation)
+    batch = _batch(rows, config.max_length, prompt_tokens, _shares(config, rows, prompt_tokens))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        _without_numbers(model, mode)
+        gates = Gates(model, shape)
+        reached: list[int] = []
+        model.get_submodule(family_of(architecture.model_type).head).register_forward_pre_hook(
+            lambda *_: reached.append(live.now)
+        )
+        with _Live() as live:
+            gates.set({unit: _gate(shape, unit) for unit in config.units})
+            target_loss(model, batch).backward()
+    activations = reached[0]
+    return {
+        "adapters": bytes_of,
+        "optimizer": 2 * bytes_of,
+        "gradients": bytes_of,
+        "activations": activations,
+        "logits and backward": live.peak - activations - bytes_of,
+        "adapter parameters": adapters,
+    }
+
+
+def _gate(shape: ModelShape, unit: str) -> Tensor:
+    return torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1
+
+
+def _batch(rows: int, length: int, prompt: int, shared: bool) -> Batch:
+    """The largest batch that the settings allow: every record at its full length."""
+    ids = torch.zeros(rows, length + (0 if shared else prompt), dtype=torch.long)
+    prefix = torch.zeros(prompt if shared else 0, dtype=torch.long)
+    return Batch(prefix, ids, ids, ids.numel(), before_targets(ids))
+
+
+def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Parameters and buffers that know shape and device and hold nothing; tied ones stay tied."""
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        return FakeTensor(mode, tensor.to("meta"), torch.device("cpu"))
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in fakes:
+                    fakes[id(parameter)] = nn.Parameter(fake(parameter.data), requires_grad=parameter.requires_grad)
+                module._parameters[name] = fakes[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operations inside made and that are still there; `peak` is the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._sizes:
+                    self._sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key)
+        return made
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

@@ -1,0 +1,76 @@
+"""What `estimate` counts without weights is what a step with weights makes, tensor by tensor."""
+
+import shutil
+
+import pytest
+import torch
+
+from compresso import describe
+from compresso.batches import Batch, before_targets
+from compresso.cli import main
+from compresso.config import PruneConfig
+from compresso.estimate import _Live, _with_layers, estimate, step_memory
+from compresso.families import FAMILIES
+from compresso.masks import Gates
+from compresso.methods import add_lora, inside
+from compresso.train import target_loss
+from tiny import tiny_model
+
+CONFIG = PruneConfig(batch_size=3, max_length=40)
+
+
+def counted(model, prompt):
+    """Bytes at the peak of a real step."""
+    wrapped = inside(add_lora(model, CONFIG, 0)).train()
+    shape = describe(wrapped)
+    gates = Gates(wrapped, shape)
+    ids = torch.arange(120).view(3, 40)
+    batch = Batch(torch.arange(prompt), ids, ids, 120, before_targets(ids))
+    with _Live() as live:
+        gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.units})
+        target_loss(wrapped, batch).backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("prompt", [0, 30])
+def test_a_step_without_numbers_keeps_what_a_real_one_keeps(model_type, prompt):
+    model = tiny_model(model_type)
+    found = step_memory(model.config, torch.float32, CONFIG, prompt)
+    expected = counted(model, prompt)
+    actual = found["activations"] + found["logits and backward"] + found["gradients"]
+    assert actual == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_and_three_layers_tell_of_more(checkpointing):
+    config = PruneConfig(batch_size=3, max_length=40, gradient_checkpointing=checkpointing)
+    architecture = tiny_model("llama", num_hidden_layers=7).config
+    two, three, seven = (
+        step_memory(_with_layers(architecture, n), torch.bfloat16, config, 20)["activations"] for n in (2, 3, 7)
+    )
+    assert two + 5 * (three - two) == seven
+
+
+def test_counts_and_messages(checkpoint, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(checkpoint / "config.json", bare)
+    found = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none"))
+    model = tiny_model("llama", vocab_size=300)
+    assert describe(model)
+    assert found.adapters == sum(p.numel() for p in add_lora(model, CONFIG, 0).parameters() if p.requires_grad)
+    assert found.steps == 15
+    assert found.tokens == 15 * 8 * 256
+    assert found.training["weights"] == 2 * found.parameters
+    assert main(["estimate", "--model", str(bare), "--gpus", "2", "--gpu-memory", "24", "--teraflops", "50"]) == 0
+    said = capsys.readouterr().out
+    assert "of 24 GB at the peak: it fits" in said
+    assert "hours on 2 GPUs" in said
+    assert main(["estimate", "--model", str(bare), "--gpu-memory", "0.0001"]) == 0
+    assert "it does not fit" in capsys.readouterr().out
+    assert main(["estimate", "--model", str(bare), "--gpus", "0"]) == 2
+    assert "--gpus must be above 0" in capsys.readouterr().err
+    (bare / "config.json").write_text("{")
+    assert main(["estimate", "--model", str(bare)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
