@@ -8,6 +8,7 @@ the weights at most, plus the weights. A process of its own for each shape.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ from compresso.train import target_loss
 RESULT = Path(__file__).parent / "results" / "estimate.json"
 PROMPT, STEPS = 200, 3
 CONFIG = PruneConfig(max_length=128)
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "glibc's default": {},
+    "large blocks given back at once": {"MALLOC_MMAP_THRESHOLD_": "200000"},  # without gaps between blocks
+}
 SHAPES = {
     "135M": {
         "vocab_size": 49152,
@@ -90,11 +95,18 @@ def main() -> None:
         return
     rows = []
     for name, settings in SHAPES.items():
-        done = subprocess.run([sys.executable, __file__, "--only", name], stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        said = predict(LlamaConfig(**settings), found["parameters"])
-        rows.append({"shape": name, **found, "estimated": said, "ratio": said / found["measured"]})
-        print("{shape}: estimated {estimated:,}, measured {measured:,}, ratio {ratio:.3f}".format(**rows[-1]))
+        for allocator, environment in ALLOCATORS.items():
+            command = [sys.executable, __file__, "--only", name]
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment}
+            )
+            found = json.loads(done.stdout.splitlines()[-1])
+            said = predict(LlamaConfig(**settings), found["parameters"])
+            rows.append({"shape": name, "allocator": allocator, **found, "estimated": said})
+            rows[-1]["ratio"] = said / found["measured"]
+            print(
+                "{shape}, {allocator}: estimated {estimated:,}, measured {measured:,}: {ratio:.3f}".format(**rows[-1])
+            )
     RESULT.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
 
 

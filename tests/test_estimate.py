@@ -26,7 +26,7 @@ def counted(model, prompt):
     gates = Gates(wrapped, shape)
     ids = torch.arange(120).view(3, 40)
     batch = Batch(torch.arange(prompt), ids, ids, 120, before_targets(ids))
-    with _Live() as live:
+    with _Live(wrapped) as live:
         gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.units})
         target_loss(wrapped, batch).backward()
     return live.peak
@@ -39,7 +39,10 @@ def test_a_step_without_numbers_keeps_what_a_real_one_keeps(model_type, prompt):
     found = step_memory(model.config, torch.float32, CONFIG, prompt)
     expected = counted(model, prompt)
     actual = found["activations"] + found["logits and backward"] + found["gradients"]
-    assert actual == pytest.approx(expected, rel=0.02)
+    if prompt:
+        assert actual == pytest.approx(expected, rel=0.001)
+    else:  # transformers makes a mask for tensors without numbers that it would leave out
+        assert expected <= actual <= 1.1 * expected
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -74,3 +77,23 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     (bare / "config.json").write_text("{")
     assert main(["estimate", "--model", str(bare)]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps():
+    """Counted in another way: storages that autograd saves, which are not the model's own."""
+    model = inside(add_lora(tiny_model("llama"), CONFIG, 0)).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    ids = torch.arange(120).view(3, 40)
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = Batch(torch.arange(30), ids, ids, 120, before_targets(ids))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Live(model) as live:
+        loss = target_loss(model, batch)
+        assert live.now == pytest.approx(sum(saved.values()), rel=0.1)
+    loss.backward()

@@ -166,11 +166,11 @@ def step_memory(
     with mode:
         _without_numbers(model, mode)
         gates = Gates(model, shape)
+        live = _Live(model)
         reached: list[int] = []
-        model.get_submodule(family_of(architecture.model_type).head).register_forward_pre_hook(
-            lambda *_: reached.append(live.now)
-        )
-        with _Live() as live:
+        head = model.get_submodule(family_of(architecture.model_type).head)
+        head.register_forward_pre_hook(lambda *_: reached.append(live.now))
+        with live:
             gates.set({unit: _gate(shape, unit) for unit in config.units})
             target_loss(model, batch).backward()
     activations = reached[0]
@@ -197,7 +197,7 @@ def _batch(rows: int, length: int, prompt: int, shared: bool) -> Batch:
 
 def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
     """Parameters and buffers that know shape and device and hold nothing; tied ones stay tied."""
-    fakes: dict[int, Tensor] = {}
+    fakes: dict[int, nn.Parameter] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         return FakeTensor(mode, tensor.to("meta"), torch.device("cpu"))
@@ -214,12 +214,16 @@ def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations inside made and that are still there; `peak` is the most."""
+    """Bytes of the storages that operations inside made and that are still there; `peak` is the most.
 
-    def __init__(self):
+    Those of `model` are not counted, of which a transposed weight is a view.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
+        there = [*model.parameters(), *model.buffers()]
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in there}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
