@@ -22,7 +22,7 @@ from compresso.prepare import versions
 from compresso.streamed import shapes_of, write_shards
 
 RESULT = Path(__file__).parent / "results" / "streaming.json"
-PEAK = "print(1024 * __import__('resource').getrusage(0).ru_maxrss)"
+PEAK = "from compresso.cost import resident; print(resident('VmHWM'))"  # getrusage would tell of this process too
 EXTRACT = f"import sys; from compresso.streamed import extract_files; extract_files(*sys.argv[1:]); {PEAK}"
 
 

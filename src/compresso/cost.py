@@ -108,14 +108,14 @@ class MemoryPeak:
             torch.cuda.reset_peak_memory_stats(device)
             self._before: int | None = torch.cuda.memory_allocated(device)
         else:
-            self._before = _resident("VmRSS") if _reset_peak() else None
+            self._before = resident("VmRSS") if _reset_peak() else None
 
     def added(self) -> int | None:
         if self._before is None:
             return None
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
-        return max(0, (_resident("VmHWM") or self._before) - self._before)
+        return max(0, (resident("VmHWM") or self._before) - self._before)
 
 
 def _reset_peak() -> bool:
@@ -126,7 +126,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _resident(field: str) -> int | None:
+def resident(field: str) -> int | None:
     """A memory figure of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
