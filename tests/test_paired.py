@@ -70,7 +70,8 @@ def test_a_weighted_mean_of_parts():
     parts = [difference([0.0] * 50, [float(i % 5 == 0) for i in range(50)]), difference([0.0] * 50, [0.0] * 50)]
     found = together(parts, [3, 1])
     assert found.difference == pytest.approx(0.15)
-    assert found.variance == pytest.approx(9 / 16 * 0.2 * 0.8 / 49)
+    p, q = 11 / 52, 1 / 52  # of the first part; of the second both are 1 / 52
+    assert found.variance == pytest.approx(9 / 16 * (p + q - (p - q) ** 2) / 52 + 1 / 16 * 2 * q / 52)
     assert found.low < 0.15 < found.high
     assert found.n == 100
 

@@ -115,7 +115,7 @@ def check_names(asked: list[str], manager: TaskManager | None) -> None:
             raise Unknown(f"{name!r} is no perplexity; write wikitext2, ptb or c4, @, and the window in tokens")
         if at or name in SUITES or name in ALIASES or (manager is not None and name in manager.task_index):
             continue
-        known = {*SUITES, *ALIASES, *(manager.all_tasks if manager else [])}
+        known = list(dict.fromkeys([*SUITES, *ALIASES, *(manager.all_tasks if manager else [])]))
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise Unknown(f"unknown suite or task {name!r}{hint}. Suites are {', '.join(SUITES)}")
