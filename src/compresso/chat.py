@@ -7,6 +7,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from compresso import checkpoint
 from compresso.batches import Encoder
@@ -24,6 +25,8 @@ class Opened(NamedTuple):
 
 def open_model(model: str, prompt: str | None = None) -> Opened:
     """Load a run folder, a checkpoint, a .gguf file or a hub id, with its own prompt or another."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     with status(f"loading {model}"):
         loaded, tokenizer = checkpoint.load(checkpoint.of_run(model), any_family=True)
     encoder = Encoder(tokenizer, max_length=0, context=getattr(loaded.config, "max_position_embeddings", None))
