@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from compresso.batches import Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.cost import MemoryPeak
-from compresso.estimate import step_memory
+from compresso.estimate import training_memory
 from compresso.masks import Gates
 from compresso.methods import add_lora, inside
 from compresso.prepare import versions
@@ -77,11 +77,7 @@ def measure(architecture: LlamaConfig) -> dict[str, int]:
 
 
 def predict(architecture: LlamaConfig, parameters: int) -> int:
-    few, more = (
-        step_memory(LlamaConfig(**{**architecture.to_dict(), "num_hidden_layers": n}), torch.bfloat16, CONFIG, PROMPT)
-        for n in (2, 3)
-    )
-    parts = {name: few[name] + (architecture.num_hidden_layers - 2) * (more[name] - few[name]) for name in few}
+    parts = training_memory(architecture, torch.bfloat16, CONFIG, PROMPT)
     whole = 2 * (parameters - parts.pop("adapter parameters"))
     return whole + sum(parts.values())
 

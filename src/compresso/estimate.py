@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from compresso import checkpoint
 from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
@@ -27,6 +27,7 @@ from compresso.masks import Gates
 from compresso.methods import add_lora, inside
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
+from compresso.streamed import shapes_of
 from compresso.train import target_loss
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
@@ -59,22 +60,20 @@ def estimate(config: PruneConfig, processes: int = 1) -> Estimate:
     """What `compresso prune` with these settings needs. Raises as `checkpoint.find` if there is no such model."""
     architecture, prompt_tokens = _look(config)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    whole = _on_meta(architecture, dtype)
-    layers = len(describe(whole).layers)
+    whole = shapes_of(architecture, dtype)
+    shape = describe(whole)
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
-    few, more = (step_memory(_with_layers(architecture, n), dtype, config, prompt_tokens) for n in (2, 3))
-    part = {name: few[name] + (layers - 2) * (more[name] - few[name]) for name in few}
-    rows = -(-config.batch_size // config.accumulation)
+    part = training_memory(architecture, dtype, config, prompt_tokens)
     adapters = part.pop("adapter parameters")
     cut = parameters - round(config.target_sparsity * prunable)
     steps = config.steps + config.recover_steps
-    shared = prompt_tokens if _shares(config, rows, prompt_tokens) else prompt_tokens * rows
+    shared = prompt_tokens * (1 if _shares(config, prompt_tokens) else _rows(config))
     tokens = steps * processes * (config.batch_size * config.max_length + config.accumulation * shared)
     return Estimate(
         parameters,
         prunable,
         adapters,
-        sum(sum(describe(whole).sizes(unit)) for unit in config.units),
+        sum(sum(shape.sizes(unit)) for unit in config.units),
         {"weights": parameters * dtype.itemsize, **part},
         {"dense model": 4 * parameters, "cut model": 4 * cut},
         steps,
@@ -130,9 +129,22 @@ def _look(config: PruneConfig) -> tuple[PreTrainedConfig, int]:
         return architecture, len(prompt.body) // CHARACTERS_A_TOKEN
 
 
-def _shares(config: PruneConfig, rows: int, prompt_tokens: int) -> bool:
+def training_memory(
+    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int
+) -> dict[str, int]:
+    """`step_memory` of the whole model, from that of two and of three of its layers."""
+    few, more = (step_memory(_with_layers(architecture, n), dtype, config, prompt_tokens) for n in (2, 3))
+    return {name: few[name] + (architecture.num_hidden_layers - 2) * (more[name] - few[name]) for name in few}
+
+
+def _rows(config: PruneConfig) -> int:
+    """Records that go through the model together."""
+    return -(-config.batch_size // config.accumulation)
+
+
+def _shares(config: PruneConfig, prompt_tokens: int) -> bool:
     """Whether the prompt is run once for all rows of a batch."""
-    return rows > 1 and prompt_tokens >= SHARED_PREFIX_FROM and not config.gradient_checkpointing
+    return _rows(config) > 1 and prompt_tokens >= SHARED_PREFIX_FROM and not config.gradient_checkpointing
 
 
 def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -144,24 +156,18 @@ def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfi
     return fewer
 
 
-def _on_meta(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-
-
 def step_memory(
     architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int
 ) -> dict[str, int]:
     """Bytes that one training step of this model takes beyond its weights, by part; every record at its full length."""
     with torch.device("meta"):
-        wrapped = add_lora(_on_meta(architecture, dtype), config, config.seed)
+        wrapped = add_lora(shapes_of(architecture, dtype), config, config.seed)
     model = inside(wrapped).train()
     shape = describe(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     adapters = sum(p.numel() for p in trained)
     bytes_of = sum(p.numel() * p.element_size() for p in trained)
-    rows = -(-config.batch_size // config.accumulation)
-    batch = _batch(rows, config.max_length, prompt_tokens, _shares(config, rows, prompt_tokens))
+    batch = _batch(_rows(config), config.max_length, prompt_tokens, _shares(config, prompt_tokens))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _without_numbers(model, mode)

@@ -45,7 +45,7 @@ class StoredWeights(Mapping[str, Tensor]):
                 with safe_open(file, "pt") as stored:
                     self._file |= dict.fromkeys(stored.keys(), file)
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise ValueError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"the weights in {folder} cannot be read: {checkpoint.first_line(error)}") from error
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], "pt") as stored:  # opened anew, so that no page of it stays mapped
@@ -108,10 +108,10 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
     return {**facts, "prunable_parameters": count_prunable(smaller), "bytes": checkpoint.weight_bytes(folder)}
 
 
-def shapes_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: shapes without numbers."""
+def shapes_of(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a config on the meta device, in its dtype or another: shapes without numbers."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
 
 
 def _count(model: PreTrainedModel) -> int:
