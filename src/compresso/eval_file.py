@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compresso import whole_files
 from compresso.eval_table import markdown
 from compresso.paired import Difference, difference, together
 from compresso.schemas import EVALUATION, SCHEMA, parse
@@ -82,9 +83,7 @@ def write(found: dict[str, Any], path: Path) -> None:
         (path, json.dumps(found, indent=1, allow_nan=False)),
         (path.with_suffix(".md"), markdown(found)),
     ):
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(target)
+        whole_files.write(target, f"{text}\n".encode())
 
 
 def _groups(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compresso import checkpoint
+from compresso import checkpoint, whole_files
 from compresso import plan as plans
 from compresso.chat import answer
 from compresso.config import PruneConfig, read_yaml
@@ -238,9 +238,7 @@ def _report(folder: Path) -> None:
 def _write(bench: Workbench, summary: dict[str, Any]) -> None:
     if not bench.writes:
         return
-    partial = bench.folder / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.rename(bench.folder / "summary.json")
+    whole_files.write(bench.folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
 
 
 def _drop_recovery(metrics: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from compresso import charts
+from compresso import charts, whole_files
 from compresso import plan as plans
 from compresso.charts import Mark
 from compresso.config import PruneConfig, read_yaml
@@ -119,15 +119,9 @@ def report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path
     )
     (page.parent / "report").mkdir(parents=True, exist_ok=True)
     for name, one in pictures.items():
-        _write(page.parent / "report" / f"{name}.png", one.png)
-    _write(page, html.encode("utf-8", "replace"))
+        whole_files.write(page.parent / "report" / f"{name}.png", one.png)
+    whole_files.write(page, html.encode("utf-8", "replace"))
     return page
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".partial")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def read_run(folder: Path, name: str, slug: str) -> Run:
