@@ -22,11 +22,11 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from compresso import PruneConfig
+from compresso.adapters import add_lora, inside
 from compresso.batches import batches
 from compresso.cost import MemoryPeak
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks
-from compresso.methods import add_lora, inside
 from compresso.prepare import prepare, versions
 from compresso.prompts import find_prompt
 from compresso.records import Record, similar_lengths
@@ -163,7 +163,7 @@ def main() -> None:
     steps, repeats = (2, 2) if given.quick else (4, 5)
     result: dict = {"steps_a_block": steps, "repeats": repeats}
     with tempfile.TemporaryDirectory() as folder:
-        config = PruneConfig(output=f"{folder}/run", max_length=128, validation_records=8)
+        config = PruneConfig(output=f"{folder}/run", validation_records=8)
         bench = prepare(config)
         for prompt in ("long", "none"):
             bench.prompt = find_prompt(prompt, bench.prompt.format)

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from compresso.adapters import add_lora, inside
 from compresso.batches import Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.cost import MemoryPeak
 from compresso.estimate import training_memory
 from compresso.masks import Gates
-from compresso.methods import add_lora, inside
 from compresso.prepare import versions
 from compresso.shape import describe
 from compresso.train import target_loss

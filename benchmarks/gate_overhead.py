@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from compresso import PruneConfig
+from compresso.adapters import add_lora, inside
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks
-from compresso.methods import add_lora, inside
 from compresso.prepare import prepare
 from compresso.shape import describe
 from compresso.train import target_loss

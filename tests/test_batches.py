@@ -1,18 +1,26 @@
 """Labels cover the response and nothing else; truncation never takes all of it; the shared prefix changes nothing."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from compresso.batches import IGNORE, Encoder, batches, collate, cut
+from compresso.batches import IGNORE, Batch, Encoder, batches, before_targets, collate, cut
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import parse
-from compresso.train import target_loss
+from compresso.train import recomputed, target_loss
 from tiny import tiny_model
 
 RECORD = parse({"instruction": "say it", "input": "", "output": "the quick brown fox"})
 FORMATS = pytest.mark.parametrize("form", ["chat", "alpaca"])
+
+
+def unshared(batch: Batch) -> Batch:
+    """The same rows with the prefix in front of each."""
+    prefix = batch.prefix.expand(len(batch.ids), -1)
+    labels = torch.cat([torch.full_like(prefix, IGNORE), batch.labels], 1)
+    return Batch(batch.prefix[:0], torch.cat([prefix, batch.ids], 1), labels, batch.tokens, before_targets(labels))
 
 
 def labelled(example, tokenizer) -> str:
@@ -87,38 +95,48 @@ def test_texts_are_targets_after_the_raw_text_template(tokenizer):
 
 
 @FORMATS
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_a_prefix_run_once_gives_the_same_loss_and_gradients(tokenizer, form, model_type):
-    model = tiny_model(model_type, max_position_embeddings=1024)
+@pytest.mark.parametrize(
+    ("model_type", "settings"), [("llama", {}), ("qwen3", {}), ("mistral", {}), ("mistral", {"sliding_window": 40})]
+)
+def test_a_prefix_run_once_and_recomputed_activations_give_the_same_loss_and_gradients(
+    tokenizer, form, model_type, settings
+):
+    model = tiny_model(model_type, max_position_embeddings=1024, **settings).train()
+    model.lm_head.requires_grad_(False)
     records = [parse({"instruction": "say " * n, "output": "dog " * (8 - n)}) for n in (1, 4, 6)]
     (batch,) = batches(records, Encoder(tokenizer, 256), find_prompt("long", form))
     assert len(batch.prefix) > 100
     results = []
-    for b in (batch, batch.unshared()):
+    for b, again in ((unshared(batch), False), (batch, False), (batch, True), (unshared(batch), True)):
         model.zero_grad()
-        loss = target_loss(model, b) / batch.targets
-        loss.backward()
-        results.append((loss.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
+        with recomputed(model) if again else nullcontext():
+            loss = target_loss(model, b) / batch.targets
+            loss.backward()
+        gradients = [layer.self_attn.k_proj.weight.grad.clone() for layer in model.model.layers]
+        results.append((loss.detach(), *gradients))
+    for result in results[1:]:
+        torch.testing.assert_close(result[0], results[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result[1:], results[0][1:], rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_that_of_transformers_and_chunks_change_nothing(tokenizer, monkeypatch):
     model = tiny_model("llama", max_position_embeddings=512)
+    model.lm_head.requires_grad_(False)
+    weight = model.model.layers[2].mlp.down_proj.weight
     records = [parse({"instruction": w, "output": "dog " * n}) for w, n in (("say", 2), ("dog", 9))]
     (batch,) = batches(records, Encoder(tokenizer, 256), find_prompt("none", "chat"))
     assert len(batch.prefix) == 0
-    expected = model(batch.ids, labels=batch.labels).loss
-    loss = target_loss(model, batch)
-    assert float(loss.detach()) / batch.targets == pytest.approx(float(expected.detach()), rel=1e-5)
-    loss.backward()
-    gradient = model.lm_head.weight.grad.clone()
-    model.zero_grad()
-    monkeypatch.setattr("compresso.train.LOGITS_AT_ONCE", 300 * 4)
-    chunked = target_loss(model, batch)
-    chunked.backward()
-    assert float(chunked.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
-    torch.testing.assert_close(model.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    expected = model(batch.ids, labels=batch.labels).loss * batch.targets
+    expected.backward()
+    for entries in (2**24, 300 * 4):
+        gradient, weight.grad = weight.grad, None
+        monkeypatch.setattr("compresso.train.LOGITS_AT_ONCE", entries)
+        loss = target_loss(model, batch)
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert float(target_loss(model, batch)) == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
 def test_identical_records_still_leave_the_token_before_the_first_target():

@@ -6,6 +6,7 @@ three; layers are alike, so that the rest follows. What is counted is what the r
 
 import copy
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +21,15 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, PreTrainedConfig
 
 from compresso import checkpoint
+from compresso.adapters import add_lora, inside
 from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.families import family_of
 from compresso.masks import Gates
-from compresso.methods import add_lora, inside
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import shapes_of
-from compresso.train import target_loss
+from compresso.train import recomputed, target_loss
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 
@@ -144,7 +145,7 @@ def _rows(config: PruneConfig) -> int:
 
 def _shares(config: PruneConfig, prompt_tokens: int) -> bool:
     """Whether the prompt is run once for all rows of a batch."""
-    return _rows(config) > 1 and prompt_tokens >= SHARED_PREFIX_FROM and not config.gradient_checkpointing
+    return _rows(config) > 1 and prompt_tokens >= SHARED_PREFIX_FROM
 
 
 def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -176,7 +177,7 @@ def step_memory(
         reached: list[int] = []
         head = model.get_submodule(family_of(architecture.model_type).head)
         head.register_forward_pre_hook(lambda *_: reached.append(live.now))
-        with live:
+        with live, recomputed(model) if config.gradient_checkpointing else nullcontext():
             gates.set({unit: _gate(shape, unit) for unit in config.units})
             target_loss(model, batch).backward()
     activations = reached[0]

@@ -3,17 +3,14 @@
 A method gets the workbench and returns the merged stock model with the Plan to apply.
 """
 
-import typing
 from collections.abc import Callable
 
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from compresso import hard_concrete
-from compresso.checkpoint import cast
-from compresso.config import PruneConfig
+from compresso.adapters import add_lora, inside, merge
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks, gated
 from compresso.perplexity import mean_loss
@@ -21,35 +18,6 @@ from compresso.plan import Plan, select
 from compresso.shape import describe
 from compresso.train import Pruning, fit, gate_learning_rate
 from compresso.workbench import Workbench
-
-
-def add_lora(model: PreTrainedModel, config: PruneConfig, seed: int) -> PeftModel:
-    """Wrap the model with LoRA. Raises ValueError if no module carries a target's name."""
-    torch.manual_seed(seed)
-    targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
-    settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, settings)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return wrapped
-
-
-def inside(wrapped: PeftModel) -> PreTrainedModel:
-    """The causal language model that carries the adapters."""
-    return typing.cast(PreTrainedModel, wrapped.get_base_model())
-
-
-def merge(wrapped: PeftModel) -> PreTrainedModel:
-    """Fold LoRA into the weights, in float32, and give back the stock model."""
-    cast(inside(wrapped), torch.float32)
-    return wrapped.merge_and_unload()
 
 
 def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
@@ -69,6 +37,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
         learning_rate=config.learning_rate,
         clip=config.clip,
         seed=config.seed,
+        recompute=config.gradient_checkpointing,
         pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate),
     )
     with bench.keeping(wrapped, masks):

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compresso import checkpoint, whole_files
 from compresso import plan as plans
+from compresso.adapters import add_lora, inside, merge
 from compresso.chat import answer
 from compresso.config import PruneConfig, read_yaml
 from compresso.cost import measure_costs
 from compresso.extract import extract
 from compresso.masks import gated
-from compresso.methods import METHODS, add_lora, inside, merge
+from compresso.methods import METHODS
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import prepare, read_records, versions
@@ -200,6 +201,7 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
         clip=config.clip,
         seed=config.seed + 1,
         sparsity=plan.sparsity,
+        recompute=config.gradient_checkpointing,
     )
     with bench.keeping(wrapped, None):
         bench.follow("recover", rows, config.recover_steps)

@@ -21,7 +21,9 @@ def run_prefix(decoder: nn.Module, ids: Tensor, config: PreTrainedConfig) -> Dyn
     """Keys and values of the tokens `ids` (P,), for one row. Gradients flow where they are enabled."""
     cache = DynamicCache(config=config)
     decoder(input_ids=ids[None], **with_cache(decoder, cache))
-    return cache
+    filled = copy.copy(cache)
+    cache.layers = read_only(DynamicCache(config=config)).layers  # what recomputed activations of this run will see
+    return filled
 
 
 def is_shareable(cache: DynamicCache) -> bool:
@@ -38,6 +40,19 @@ def for_rows(cache: DynamicCache, rows: int) -> DynamicCache:
             layer.keys = layer.keys.expand(rows, -1, -1, -1)
             layer.values = layer.values.expand(rows, -1, -1, -1)
     return shared
+
+
+def read_only(cache: DynamicCache) -> DynamicCache:
+    """The same beginning, to which rows add nothing: a layer run again (recomputed activations) finds it unchanged."""
+    fixed = copy.copy(cache)
+    fixed.layers = [_read_only(layer) for layer in cache.layers]
+    return fixed
+
+
+def _read_only(layer: Any) -> Any:
+    fixed = copy.copy(layer)
+    fixed.update = lambda *args, **kwargs: type(layer).update(copy.copy(layer), *args, **kwargs)
+    return fixed
 
 
 def positions_after(length: int, ids: Tensor) -> Tensor:

@@ -10,7 +10,10 @@ same step.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +26,7 @@ from compresso.batches import Batch
 from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
-from compresso.prefix import for_rows, positions_after, run_prefix, with_cache
+from compresso.prefix import for_rows, positions_after, read_only, run_prefix, with_cache
 
 LOGITS_AT_ONCE = 2**24  # entries of float32 logits that exist at a time: 64 MiB
 WARMUP = 0.05  # share of the steps in which the learning rate rises
@@ -56,11 +59,9 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     family = family_of(model.config.model_type)
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
-    if decoder.gradient_checkpointing and decoder.training and len(batch.prefix):
-        batch = batch.unshared()  # transformers drops the cache while it recomputes activations
     cache = None
     if len(batch.prefix):
-        cache = for_rows(run_prefix(decoder, batch.prefix, model.config), len(batch.ids))
+        cache = read_only(for_rows(run_prefix(decoder, batch.prefix, model.config), len(batch.ids)))
     hidden = decoder(
         input_ids=batch.ids,
         position_ids=positions_after(len(batch.prefix), batch.ids),
@@ -74,10 +75,47 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         return functional.cross_entropy(head(part).float(), label, reduction="sum")
 
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    if len(labels) <= chunk:
-        return loss_of(hidden, labels)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return _SumWithGradient.apply(hidden, labels, loss_of, chunk)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    return torch.stack([checkpoint(loss_of, h, y, use_reentrant=False) for h, y in parts]).sum()
+    return torch.stack([loss_of(h, y) for h, y in parts]).sum()
+
+
+class _SumWithGradient(torch.autograd.Function):
+    """Sum of `loss_of` over chunks of rows, the gradient taken while a chunk's logits are there.
+
+    The head is frozen, so that the gradient of the hidden states is all that is wanted; no logits are kept, and none
+    are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, loss_of: Callable[..., Tensor], chunk: int) -> Tensor:
+        gradient, losses = torch.empty_like(hidden), []
+        for rows, label, out in zip(hidden.split(chunk), labels.split(chunk), gradient.split(chunk), strict=True):
+            with torch.enable_grad():
+                part = rows.detach().requires_grad_()
+                loss = loss_of(part, label)
+                out.copy_(torch.autograd.grad(loss, part)[0])
+            losses.append(loss.detach())
+        ctx.save_for_backward(gradient)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * gradients[0], None, None, None
+
+
+@contextmanager
+def recomputed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a decoder layer keeps its input only, and backward runs it again (activation checkpointing)."""
+    layers = model.get_submodule(family_of(model.config.model_type).layers)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def gate_learning_rate(steps: int) -> float:
@@ -96,6 +134,7 @@ def fit(
     seed: int,
     pruning: Pruning | None = None,
     sparsity: float = 0.0,
+    recompute: bool = False,
 ) -> Iterator[dict[str, float | str | int]]:
     """Train the parameters that require grad, and the masks, for `steps` optimizer steps.
 
@@ -117,16 +156,8 @@ def fit(
             pruning.gates.set(pruning.masks.sample(noise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
-        parts = next_batches(sparsity)
-        counts = [sum(part.targets for part in parts), sum(part.tokens for part in parts)]
-        targets, tokens = _summed(accelerator, torch.tensor(counts, dtype=torch.float64)).tolist()
-        parts_loss = torch.zeros(1, dtype=torch.float64)
-        for i, part in enumerate(parts):
-            loss = target_loss(model, part.to(accelerator.device)) / max(targets, 1)
-            # the gates are a graph of their own, shared by the parts of the batch
-            loss.backward(retain_graph=gating and i + 1 < len(parts))
-            parts_loss += float(loss.detach())
-        total = float(_summed(accelerator, parts_loss))
+        with recomputed(model) if recompute else nullcontext():
+            total, tokens = _backward(accelerator, model, next_batches(sparsity), gating)
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
         if not (math.isfinite(total) and math.isfinite(norm) and _finite_gradients(pruning)):
@@ -143,9 +174,22 @@ def fit(
             row |= {"expected_sparsity": sparsity, "target_sparsity": target, "lambda_1": pruning.lagrangian.lambda_1}
         seconds = time.perf_counter() - began
         row |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_norm": norm}
-        row |= {"tokens": int(tokens), "seconds": seconds}
+        row |= {"tokens": tokens, "seconds": seconds}
         yield row
     model.eval()
+
+
+def _backward(accelerator: Accelerator, model: PreTrainedModel, parts: list[Batch], gating: bool) -> tuple[float, int]:
+    """Gradients of this process's share of the mean loss over the global batch; that loss, and the batch's tokens."""
+    counts = [sum(part.targets for part in parts), sum(part.tokens for part in parts)]
+    targets, tokens = _summed(accelerator, torch.tensor(counts, dtype=torch.float64)).tolist()
+    parts_loss = torch.zeros(1, dtype=torch.float64)
+    for i, part in enumerate(parts):
+        loss = target_loss(model, part.to(accelerator.device)) / max(targets, 1)
+        # the gates are a graph of their own, shared by the parts of the batch
+        loss.backward(retain_graph=gating and i + 1 < len(parts))
+        parts_loss += float(loss.detach())
+    return float(_summed(accelerator, parts_loss)), int(tokens)
 
 
 def _summed(accelerator: Accelerator, values: Tensor) -> Tensor:
