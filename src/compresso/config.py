@@ -90,6 +90,8 @@ class PruneConfig:
     """Dropout at the input of LoRA."""
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Modules that get LoRA, comma-separated (the paper: q_proj,v_proj); all-linear: every matrix of a layer."""
+    shrink: bool = True
+    """Cut units that are closed for good out of the model while it still learns; late steps are cheaper."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass: less memory, more time."""
 

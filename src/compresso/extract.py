@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from compresso import per_layer
 from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of
 from compresso.plan import Plan
-from compresso.shape import ModelShape, describe, head_dim_of
+from compresso.shape import ModelShape, describe, head_dim_of, rows_of
 
 _classes: list[Any] = per_layer.CLASSES
 for _config, _base, _causal in _classes:
@@ -106,8 +106,8 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
         groups, channels = keep["kv_group"][i], keep["intermediate"][i]
         if len(groups):
             layer = plan.shape.layers[i]
-            key_rows = _expand(groups, layer.head_dim)
-            query_rows = _expand(groups, layer.head_dim * layer.queries_per_group)
+            key_rows = rows_of(groups, layer.head_dim)
+            query_rows = rows_of(groups, layer.head_dim * layer.queries_per_group)
             # q/k norms share an eps that grows with norm_scale squared: so must what they divide
             into_norm = norm_scale if family.query_key_norms else 1.0
             for path, rows in ((family.query, query_rows), (family.key, key_rows)):
@@ -131,11 +131,6 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
             whole, per_column = float(gates["mlp"][i]), gates["intermediate"][i][channels]
             output = family.mlp_output
             yield from take(source + output, target + output, hidden, channels, per_column * whole, whole)
-
-
-def _expand(groups: Tensor, rows: int) -> Tensor:
-    """Indices of the rows that these groups own, `rows` each."""
-    return (groups[:, None] * rows + torch.arange(rows, device=groups.device)).flatten()
 
 
 def smaller_config(old: PreTrainedConfig, names: Collection[str], plan: Plan) -> PreTrainedConfig:

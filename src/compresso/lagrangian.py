@@ -110,7 +110,7 @@ def shift(masks: Masks, wanted: float) -> None:
     flat = {unit: a.double() for unit, a in masks.log_alpha.items()}
 
     def moved(by: float) -> dict[str, torch.Tensor]:
-        return {unit: (a - by).clamp(-hard_concrete.LIMIT, hard_concrete.LIMIT) for unit, a in flat.items()}
+        return {unit: masks.limited(unit, a - by) for unit, a in flat.items()}
 
     def gap(by: float) -> float:
         probabilities = {unit: hard_concrete.prob_open(a) for unit, a in moved(by).items()}

@@ -19,6 +19,8 @@ from compresso import hard_concrete
 from compresso.families import family_of
 from compresso.shape import ModelShape, has, sparsity
 
+CLOSED = -1e4  # log_alpha of a gate that no draw opens
+
 
 class Masks(nn.Module):
     """The learned parameters: one log_alpha per unit of the chosen kinds, in float32 on the CPU.
@@ -32,6 +34,8 @@ class Masks(nn.Module):
         self.log_alpha = nn.ParameterDict(
             {unit: torch.full((sum(shape.sizes(unit)),), value) for unit, value in initial_log_alpha.items()}
         )
+        self.pinned = {unit: torch.zeros(len(a), dtype=torch.bool) for unit, a in self.log_alpha.items()}
+        """Units that are closed for ever."""
 
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw every gate once."""
@@ -49,8 +53,18 @@ class Masks(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        for a in self.log_alpha.values():
-            a.clamp_(-hard_concrete.LIMIT, hard_concrete.LIMIT)
+        for unit, a in self.log_alpha.items():
+            a.copy_(self.limited(unit, a))
+
+    def limited(self, unit: str, log_alpha: Tensor) -> Tensor:
+        """These values within their limits, pinned ones where they are pinned."""
+        within = log_alpha.clamp(-hard_concrete.LIMIT, hard_concrete.LIMIT)
+        return within.masked_fill(self.pinned[unit], CLOSED)
+
+    def pin_closed(self, unit: str, which: Tensor) -> None:
+        """Close these units (a boolean for each) for ever: every draw of their gates is 0."""
+        self.pinned[unit] |= which
+        self.clamp()
 
 
 class Gates:
@@ -61,6 +75,8 @@ class Gates:
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape):
         self.shape = shape
+        self.kept: dict[str, list[Tensor]] = {}
+        """For units of which some have been cut out of the model: indices of those that are left, layer by layer."""
         self._group: list[Tensor] | None = None
         self._channel: list[Tensor] | None = None
         self._written: dict[str, list[Tensor]] = {}
@@ -97,6 +113,8 @@ class Gates:
     def set(self, z: dict[str, Tensor]) -> None:
         """Use these gates from now on; units that are left out are open."""
         parts = {unit: list(values.to(self._device).split(self.shape.sizes(unit))) for unit, values in z.items()}
+        for unit in parts.keys() & self.kept.keys():
+            parts[unit] = [part[kept] for part, kept in zip(parts[unit], self.kept[unit], strict=True)]
         self._group = None
         if "kv_group" in parts:
             rows = [layer.queries_per_group * layer.head_dim for layer in self.shape.layers]

@@ -16,6 +16,7 @@ from compresso.masks import Gates, Masks, gated
 from compresso.perplexity import mean_loss
 from compresso.plan import Plan, select
 from compresso.shape import describe
+from compresso.shrink import Shrinking
 from compresso.train import Pruning, fit, gate_learning_rate
 from compresso.workbench import Workbench
 
@@ -28,6 +29,9 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
     wrapped = add_lora(bench.model, config, config.seed)
     gates = Gates(inside(wrapped), shape)
+    shrinking = None
+    if config.shrink:
+        shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, config.round_to)
     rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
     rows = fit(
         bench.accelerator,
@@ -38,7 +42,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
         clip=config.clip,
         seed=config.seed,
         recompute=config.gradient_checkpointing,
-        pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate),
+        pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate, shrinking),
     )
     with bench.keeping(wrapped, masks):
         bench.follow("prune", rows, config.steps)
@@ -46,6 +50,8 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
     plan = select(shape, log_alpha, config.target_sparsity, config.round_to)
     model = merge(wrapped)
+    if shrinking:
+        shrinking.restore()
     return model, _best_gates(bench, model, plan, log_alpha)
 
 

@@ -82,6 +82,11 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def rows_of(units: Tensor, each: int) -> Tensor:
+    """Indices of the rows that these units own, `each` to a unit, one unit after the other."""
+    return (units[:, None] * each + torch.arange(each, device=units.device)).flatten()
+
+
 def has(layer: nn.Module, path: str) -> bool:
     """Whether a sub-layer is there, or was removed by an earlier plan."""
     try:

@@ -27,6 +27,7 @@ from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
 from compresso.prefix import for_rows, positions_after, read_only, run_prefix, with_cache
+from compresso.shrink import EVERY, Shrinking
 
 LOGITS_AT_ONCE = 2**24  # entries of float32 logits that exist at a time: 64 MiB
 WARMUP = 0.05  # share of the steps in which the learning rate rises
@@ -49,6 +50,7 @@ class Pruning:
     gates: Gates
     lagrangian: Lagrangian
     learning_rate: float
+    shrinking: Shrinking | None = None
 
 
 def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -142,8 +144,8 @@ def fit(
     start) and returns this process's parts of one global batch. Raises Diverged before a step with a loss or gradient
     that is not finite is applied, Disconnected if another process has gone.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=learning_rate, weight_decay=0.0)
     noise = torch.Generator().manual_seed(seed * NOISE_SEED)
     gate_optimizer = torch.optim.Adam(pruning.masks.parameters(), lr=pruning.learning_rate) if pruning else None
     target = 0.0
@@ -158,6 +160,7 @@ def fit(
             group["lr"] = learning_rate * _rate(step, steps)
         with recomputed(model) if recompute else nullcontext():
             total, tokens = _backward(accelerator, model, next_batches(sparsity), gating)
+        trainable = optimizer.param_groups[0]["params"]  # others than at the start, once the model has shrunk
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
         if not (math.isfinite(total) and math.isfinite(norm) and _finite_gradients(pruning)):
@@ -170,6 +173,8 @@ def fit(
             gate_optimizer.zero_grad()
             pruning.masks.clamp()
             sparsity, target = pruning.lagrangian.step(pruning.masks, step)
+            if pruning.shrinking and phase == "hold" and step % EVERY == 0:
+                pruning.shrinking.cut(optimizer)
         if pruning:
             row |= {"expected_sparsity": sparsity, "target_sparsity": target, "lambda_1": pruning.lagrangian.lambda_1}
         seconds = time.perf_counter() - began

@@ -1,0 +1,124 @@
+"""The model shrinks while it learns: groups and channels that are closed for good are cut out of it during the run.
+
+In the hold phase a unit goes when the plan of the moment would remove it and its gate is hardly ever open. Matrices,
+adapters and the optimizer's moments lose its rows and columns, so that the steps that follow cost what the smaller
+model costs. A unit that is cut stays closed: its log_alpha is pinned, the expected sparsity counts it as gone, and any
+later plan removes it first.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from compresso import hard_concrete
+from compresso.adapters import ADAPTER
+from compresso.families import family_of
+from compresso.masks import Gates, Masks
+from compresso.plan import select
+from compresso.shape import ModelShape, rows_of
+
+EVERY = 5  # steps of the hold phase between two cuts
+RARELY_OPEN = 0.1  # P(gate > 0) below which a unit that the plan removes is cut; LOG.md, 2026-11-25
+UNITS = ("kv_group", "intermediate")
+
+
+class Shrinking:
+    """Cuts closed units out of a model in training, adapters included, and puts its shape back at the end."""
+
+    def __init__(self, model: PreTrainedModel, gates: Gates, masks: Masks, target_sparsity: float, round_to: int):
+        self.shape: ModelShape = masks.shape
+        self._gates, self._masks = gates, masks
+        self._target, self._round_to = target_sparsity, round_to
+        self._family = family_of(model.config.model_type)
+        self._layers = model.get_submodule(self._family.layers)
+        self._kept = {unit: [torch.arange(n) for n in self.shape.sizes(unit)] for unit in UNITS}
+
+    @torch.no_grad()
+    def cut(self, optimizer: Optimizer) -> int:
+        """Take out what is closed for good; the number of units that went."""
+        log_alpha = {unit: a.detach() for unit, a in self._masks.log_alpha.items()}
+        plan = select(self.shape, log_alpha, self._target, self._round_to)
+        went = 0
+        for unit in UNITS:
+            if unit not in log_alpha:
+                continue
+            closed = (plan.gates[unit] == 0) & (hard_concrete.prob_open(log_alpha[unit]).cpu() < RARELY_OPEN)
+            for i, gone in enumerate(closed.split(self.shape.sizes(unit))):
+                stays = ~gone[self._kept[unit][i]]
+                if stays.all() or not stays.any():  # stock attention needs a group, and a plan keeps one anyway
+                    continue
+                went += int((~stays).sum())
+                self._narrow(unit, i, stays.nonzero().squeeze(1), optimizer)
+                self._kept[unit][i] = self._kept[unit][i][stays]
+            sizes = self.shape.sizes(unit)
+            absent = [_absent(kept, size) for kept, size in zip(self._kept[unit], sizes, strict=True)]
+            self._masks.pin_closed(unit, torch.cat(absent))
+        self._gates.kept = self._kept
+        return went
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The model's own shape again, once adapters are merged; what was cut out is zero, and no plan keeps it."""
+        for layer, shape in enumerate(self.shape.layers):
+            for unit, size in (("kv_group", shape.num_key_value_heads), ("intermediate", shape.intermediate_size)):
+                kept = self._kept[unit][layer]
+                if len(kept) == size:
+                    continue
+                for matrix, dim, each in self._matrices(unit, layer):
+                    places = rows_of(kept, each)
+                    for name in _along(matrix, dim):
+                        left = getattr(matrix, name)
+                        sizes = list(left.shape)
+                        sizes[dim] = size * each
+                        whole = left.new_zeros(sizes).index_copy_(dim, places.to(left.device), left)
+                        setattr(matrix, name, nn.Parameter(whole, requires_grad=left.requires_grad))
+                    matrix.out_features, matrix.in_features = matrix.weight.shape
+
+    def _narrow(self, unit: str, layer: int, stays: Tensor, optimizer: Optimizer) -> None:
+        """Keep these of the layer's present units."""
+        for module, dim, each in self._matrices(unit, layer):
+            places = rows_of(stays, each)
+            matrix = getattr(module, "base_layer", module)
+            adapter = () if matrix is module else (module.lora_A[ADAPTER] if dim else module.lora_B[ADAPTER],)
+            for part in (matrix, *adapter):
+                for name in _along(part, dim):
+                    old = getattr(part, name)
+                    new = nn.Parameter(old.index_select(dim, places.to(old.device)), requires_grad=old.requires_grad)
+                    setattr(part, name, new)
+                    if old.requires_grad:
+                        _exchange(optimizer, old, new, dim, places.to(old.device))
+                part.out_features, part.in_features = part.weight.shape
+
+    def _matrices(self, unit: str, layer: int) -> list[tuple[Any, int, int]]:
+        """Linear modules that hold a unit's numbers: along which dimension, and how many each unit has there."""
+        family, shape = self._family, self.shape.layers[layer]
+        if unit == "intermediate":
+            found = [(path, 0, 1) for path in family.mlp_inputs] + [(family.mlp_output, 1, 1)]
+        else:
+            queries = shape.queries_per_group * shape.head_dim
+            keys = [(path, 0, shape.head_dim) for path in (family.key, family.value)]
+            found = [(family.query, 0, queries), *keys, (family.attention_output, 1, queries)]
+        return [(self._layers[layer].get_submodule(path), dim, each) for path, dim, each in found]
+
+
+def _along(matrix: Any, dim: int) -> list[str]:
+    """Parameters of a linear module that have this dimension of its weight."""
+    return ["weight"] if dim == 1 or matrix.bias is None else ["weight", "bias"]
+
+
+def _exchange(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int, places: Tensor) -> None:
+    """Let the optimizer go on with `new`, which is `old` at these places, and with its moments there."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, {})
+    optimizer.state[new] = {
+        key: value.index_select(dim, places) if value.shape == old.shape else value for key, value in state.items()
+    }
+
+
+def _absent(kept: Tensor, size: int) -> Tensor:
+    """Which of `size` units are not in `kept`: a boolean (size,)."""
+    return ~torch.isin(torch.arange(size), kept)

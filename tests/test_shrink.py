@@ -1,0 +1,92 @@
+"""Cutting closed units out of a model in training changes its cost, and nothing that it computes."""
+
+import pytest
+import torch
+
+import compresso
+from compresso import PruneConfig
+from compresso.adapters import add_lora, inside, merge
+from compresso.lagrangian import shift
+from compresso.masks import CLOSED, Gates, Masks
+from compresso.plan import select
+from compresso.shape import count_prunable, describe
+from compresso.shrink import Shrinking
+from tiny import tiny_model
+
+CONFIG = PruneConfig(target_sparsity=0.4)
+
+
+def trained(model_type: str, shrink: bool, token_ids: torch.Tensor, round_to: int = 1):
+    """Six steps with half of the gates closed for good; the losses, the plan, and the merged model."""
+    model = tiny_model(model_type)
+    shape = describe(model)
+    wrapped = add_lora(model, CONFIG, seed=0)
+    masks = Masks(shape, {"kv_group": 4.0, "intermediate": 4.0})
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for a in masks.log_alpha.values():
+            a.copy_(torch.where(torch.rand(len(a)) < 0.6, CLOSED, 7.0))
+    gates = Gates(inside(wrapped), shape)
+    shrinking = Shrinking(inside(wrapped), gates, masks, 0.4, round_to)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    noise = torch.Generator().manual_seed(0)
+    losses, sizes = [], []
+    for step in range(6):
+        if shrink and step in (2, 3):
+            shrinking.cut(optimizer)
+        gates.set(masks.sample(noise))
+        loss = inside(wrapped)(token_ids, labels=token_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        sizes.append(count_prunable(inside(wrapped)))
+    plan = select(shape, {u: a.detach() for u, a in masks.log_alpha.items()}, 0.4, round_to)
+    gates.remove()
+    merged = merge(wrapped)
+    if shrink:
+        shrinking.restore()
+    return losses, plan, merged, sizes
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_a_model_that_shrinks_learns_the_same_at_a_lower_cost(model_type, token_ids):
+    losses, plan, model, sizes = trained(model_type, False, token_ids)
+    shrunk_losses, shrunk_plan, shrunk, shrunk_sizes = trained(model_type, True, token_ids)
+    assert shrunk_losses == pytest.approx(losses, rel=1e-4)
+    assert shrunk_sizes[0] == sizes[0] == sizes[-1]
+    assert shrunk_sizes[-1] < 0.75 * sizes[-1]
+    for unit, gate in plan.gates.items():
+        assert torch.equal(gate, shrunk_plan.gates[unit])
+    assert describe(shrunk) == describe(model)
+    with torch.no_grad():
+        expected = compresso.extract(model, plan)(token_ids).logits
+        torch.testing.assert_close(compresso.extract(shrunk, plan)(token_ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cut_unit_stays_closed_whatever_moves_the_gates():
+    shape = describe(tiny_model("llama"))
+    masks = Masks(shape, {"kv_group": 2.0, "intermediate": 2.0})
+    gone = torch.zeros(len(masks.log_alpha["intermediate"]), dtype=torch.bool)
+    gone[5:20] = True
+    masks.pin_closed("intermediate", gone)
+    shift(masks, 0.05)
+    masks.clamp()
+    drawn = masks.sample(torch.Generator().manual_seed(0))["intermediate"]
+    assert (drawn[gone] == 0).all()
+    assert (drawn[~gone] > 0).any()
+    assert float(masks.prob_open()["intermediate"][gone].detach().max()) < 1e-5
+    plan = select(shape, {u: a.detach() for u, a in masks.log_alpha.items()}, 0.3)
+    assert (plan.gates["intermediate"][gone] == 0).all()
+
+
+def test_a_run_that_shrinks_checks_and_reloads_like_any_other(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("compresso.shrink.RARELY_OPEN", 1.0)  # a run this short has no settled gates
+    cut = []
+    original = Shrinking.cut
+    monkeypatch.setattr(Shrinking, "cut", lambda self, optimizer: cut.append(original(self, optimizer)) or cut[-1])
+    settings = {"steps": 12, "recover_steps": 2, "max_length": 48, "prompt": "short", "target_sparsity": 0.3}
+    summary = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)
+    assert sum(cut) > 0
+    assert summary["sparsity"] == pytest.approx(0.3, abs=0.02)
+    assert summary["max_logit_difference"] < 1e-3
