@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
@@ -22,6 +23,10 @@ def run_prefix(decoder: nn.Module, ids: Tensor, config: PreTrainedConfig) -> Dyn
     cache = DynamicCache(config=config)
     decoder(input_ids=ids[None], **with_cache(decoder, cache))
     filled = copy.copy(cache)
+    for layer, kept in zip(getattr(decoder, "layers", ()), cache.layers, strict=False):
+        if isinstance(layer, FSDPModule):
+            for tensor in (kept.keys, kept.values):
+                if tensor.requires_grad: tensor.register_hook(lambda _, layer=layer: layer.unshard())
     cache.layers = read_only(DynamicCache(config=config)).layers  # what recomputed activations of this run will see
     return filled
 
