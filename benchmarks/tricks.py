@@ -2,9 +2,9 @@
 
 python benchmarks/tricks.py              # resumes; writes benchmarks/results/tricks.json
 
-Every variant prunes SmolLM2-135M-Instruct on the demo's data with the same seeds, steps and records a step, and differs in
-one thing. What counts is the loss on held-out records and the perplexity right after cutting; the seconds of training are
-those of this machine and are only comparable within one run of the benchmark.
+Every variant prunes SmolLM2-135M-Instruct on the demo's data with the same seeds, steps and records a step, and differs
+in one thing. What counts is the loss on held-out records and the perplexity right after cutting; the seconds of
+training are those of this machine and are only comparable within one run of the benchmark.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def main() -> None:
         nats = [torch.tensor(cell["perplexity"] / plain[cell["seed"]]["perplexity"]).log().item() for cell in own]
         print(
             f"{variant:50} loss {statistics.mean(c['loss'] for c in own):.3f} ({min(loss):+.3f} to {max(loss):+.3f})  "
-            f"perplexity {statistics.mean(c['perplexity'] for c in own):.1f} ({min(nats):+.3f} to {max(nats):+.3f} nats)  "
+            f"perplexity {statistics.mean(c['perplexity'] for c in own):.1f} "
+            f"({min(nats):+.3f} to {max(nats):+.3f} nats)  "
             f"{statistics.mean(c['seconds'] for c in own):.0f} s"
         )
 

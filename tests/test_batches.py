@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from compresso.batches import IGNORE, Batch, Encoder, batches, before_targets, collate, cut
+from compresso.batches import IGNORE, Encoder, batches, collate, cut
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import parse
 from compresso.train import recomputed, target_loss
@@ -14,13 +14,6 @@ from tiny import tiny_model
 
 RECORD = parse({"instruction": "say it", "input": "", "output": "the quick brown fox"})
 FORMATS = pytest.mark.parametrize("form", ["chat", "alpaca"])
-
-
-def unshared(batch: Batch) -> Batch:
-    """The same rows with the prefix in front of each."""
-    prefix = batch.prefix.expand(len(batch.ids), -1)
-    labels = torch.cat([torch.full_like(prefix, IGNORE), batch.labels], 1)
-    return Batch(batch.prefix[:0], torch.cat([prefix, batch.ids], 1), labels, batch.tokens, before_targets(labels))
 
 
 def labelled(example, tokenizer) -> str:
@@ -107,7 +100,7 @@ def test_a_prefix_run_once_and_recomputed_activations_give_the_same_loss_and_gra
     (batch,) = batches(records, Encoder(tokenizer, 256), find_prompt("long", form))
     assert len(batch.prefix) > 100
     results = []
-    for b, again in ((unshared(batch), False), (batch, False), (batch, True), (unshared(batch), True)):
+    for b, again in ((batch.unshared(), False), (batch, False), (batch, True), (batch.unshared(), True)):
         model.zero_grad()
         with recomputed(model) if again else nullcontext():
             loss = target_loss(model, b) / batch.targets

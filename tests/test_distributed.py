@@ -19,7 +19,10 @@ SETTINGS = {"steps": 6, "recover_steps": 3, "max_length": 48, "prompt": "short",
 
 def launch(checkpoint: Path, data: Path, output: Path, **settings) -> subprocess.Popen:
     flags = {"model": checkpoint, "data": data, "output": output, **SETTINGS, **settings}
-    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    words = []
+    for key, value in flags.items():
+        name = key.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
@@ -63,6 +66,34 @@ def test_two_processes_equal_one_with_the_same_global_batch(checkpoint, data, tm
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
     for key in weights[0]:
         torch.testing.assert_close(*(w[key] for w in weights), rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"shrink": False}, {"shrink": False, "gradient_checkpointing": True, "prompt": "none", "accumulation": 2}],
+    ids=["prompt", "recomputed"],
+)
+def test_weights_split_over_two_processes_give_what_one_process_gives(checkpoint, data, tmp_path, settings):
+    started = launch(checkpoint, data, tmp_path / "two", batch_size=3, sharded=True, **settings)
+    together = {**SETTINGS, **settings}
+    one = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "one"), batch_size=6, **together)
+    said = finish(started)
+    assert started.returncode == 0, said
+    plans = [load_file(tmp_path / name / "plan.safetensors") for name in ("one", "two")]
+    for key in plans[0]:
+        torch.testing.assert_close(plans[0][key], plans[1][key], rtol=0, atol=1e-5)
+    for folder in ("cut", "model"):
+        weights = [load_file(tmp_path / name / folder / "model.safetensors") for name in ("one", "two")]
+        assert set(weights[0]) == set(weights[1])
+        for key in weights[0]:
+            torch.testing.assert_close(*(w[key] for w in weights), rtol=0, atol=1e-5, msg=key)
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    for key in ("parameters", "prunable_parameters", "sparsity", "widths"):
+        assert two[key] == json.loads(json.dumps(one[key])), key
+    for key in ("loss", "perplexity"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3)
+    assert two["max_logit_difference"] < 1e-3
+    assert (tmp_path / "two" / "report.html").exists()
 
 
 def test_a_process_that_dies_stops_the_other_and_leaves_what_was_whole(checkpoint, data, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from compresso.checkpoint import cast
 from compresso.config import PruneConfig
 
 ADAPTER = "default"  # peft's name of the only adapter
+Adapter = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank), scale
 
 
 def add_lora(model: PreTrainedModel, config: PruneConfig, seed: int) -> PeftModel:
@@ -49,6 +51,16 @@ def merge(wrapped: PeftModel) -> PreTrainedModel:
     """Fold LoRA into the weights, in float32, and give back the stock model."""
     cast(inside(wrapped), torch.float32)
     return wrapped.merge_and_unload()
+
+
+def factors(wrapped: nn.Module) -> dict[str, Adapter]:
+    """The adapters by the name of the weight that each of them adapts, on the CPU."""
+    found = {}
+    for name, module in wrapped.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            found[f"{name}.weight"] = (down.detach().cpu(), up.detach().cpu(), module.scaling[ADAPTER])
+    return found
 
 
 class _Forward:

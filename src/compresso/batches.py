@@ -50,6 +50,12 @@ class Batch:
     def targets(self) -> int:
         return int((self.labels != IGNORE).sum())
 
+    def unshared(self) -> "Batch":
+        """The same rows with the prefix in front of each."""
+        prefix = self.prefix.expand(len(self.ids), -1)
+        labels = torch.cat([torch.full_like(prefix, IGNORE), self.labels], 1)
+        return Batch(self.prefix[:0], torch.cat([prefix, self.ids], 1), labels, self.tokens, before_targets(labels))
+
     def to(self, device: torch.device) -> "Batch":
         there = (t.to(device) for t in (self.prefix, self.ids, self.labels, self.places))
         prefix, ids, labels, places = there

@@ -92,6 +92,8 @@ class PruneConfig:
     """Modules that get LoRA, comma-separated (the paper: q_proj,v_proj); all-linear: every matrix of a layer."""
     shrink: bool = True
     """Cut units that are closed for good out of the model while it still learns; late steps are cheaper."""
+    sharded: bool = False
+    """Split the frozen weights over the processes of the launch (FSDP2), for models that one GPU cannot hold."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass: less memory, more time."""
 

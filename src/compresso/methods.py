@@ -1,6 +1,7 @@
 """METHODS: each turns a model and records into a Plan, and may leave the model trained for it.
 
-A method gets the workbench and returns the merged stock model with the Plan to apply.
+A method gets the workbench and returns the model with the Plan to apply: the stock model with adapters merged, or,
+where it is cut from files to files (`Workbench.place`), the one in training with its adapters.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     wrapped = add_lora(bench.model, config, config.seed)
     gates = Gates(inside(wrapped), shape)
     shrinking = None
-    if config.shrink:
+    if config.shrink and not bench.place:  # parts of layers in several processes are not cut
         shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, config.round_to)
     rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
     rows = fit(
@@ -49,7 +50,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     gates.remove()
     log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
     plan = select(shape, log_alpha, config.target_sparsity, config.round_to)
-    model = merge(wrapped)
+    model = inside(wrapped) if bench.place else merge(wrapped)
     if shrinking:
         shrinking.restore()
     return model, _best_gates(bench, model, plan, log_alpha)

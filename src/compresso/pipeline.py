@@ -5,6 +5,7 @@ import platform
 import resource
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compresso import checkpoint, whole_files
+from compresso import checkpoint, sharded, whole_files
 from compresso import plan as plans
-from compresso.adapters import add_lora, inside, merge
+from compresso.adapters import add_lora, factors, inside, merge
 from compresso.chat import answer
 from compresso.config import PruneConfig, read_yaml
 from compresso.cost import measure_costs
@@ -25,11 +26,13 @@ from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import prepare, read_records, versions
 from compresso.shape import count_prunable, describe, prunable_parameters
+from compresso.streamed import write_cut
 from compresso.summary import show
 from compresso.train import fit
 from compresso.workbench import Workbench, compute_dtype, console, release_memory, status
 
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
+HALF_TOLERANCE = 0.1  # the same where only a model in half precision fits
 
 
 def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -48,12 +51,16 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     model, plan = METHODS[config.method](bench)
     if bench.writes:
         plans.save(plan, bench.folder, {"method": config.method, "model": config.model, "seed": config.seed})
-    smaller, difference = _extract_checked(bench, model, plan)
-    with status("measuring tokens/s, dense and pruned in turn"):
-        dtype = compute_dtype(config.precision, bench.accelerator.device)
-        checkpoint.cast(model, dtype)
-        checkpoint.cast(smaller, dtype)
-        cost = measure_costs({"before": model, "after": smaller})
+    cost: dict[str, Any] = {}
+    if bench.place:
+        smaller, difference = _cut_files(bench, model, plan, plan.sparsity, bench.folder / "cut")
+    else:
+        smaller, difference = _extract_checked(bench, model, plan)
+        with status("measuring tokens/s, dense and pruned in turn"):
+            dtype = compute_dtype(config.precision, bench.accelerator.device)
+            checkpoint.cast(model, dtype)
+            checkpoint.cast(smaller, dtype)
+            cost = {"cost": measure_costs({"before": model, "after": smaller})}
     bench.model = model = smaller  # the dense weights are not needed any more
     release_memory()
     cut = _score(bench, smaller, plan.sparsity)
@@ -72,19 +79,19 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
         "perplexity": {"dense": dense["perplexity"], "cut": cut["perplexity"]},
         "perplexity_window": bench.windows.shape[1],
         "sample": {"question": config.sample, "dense": dense["answer"], "cut": cut["answer"]},
-        "cost": cost,
+        **cost,
         "kept_gates": bench.facts.get("kept_gates"),
         "hidden_size": {"before": shape.hidden_size, "after": len(plan.keep["hidden"][0])},
         "widths": plan.widths(),
         "seed": config.seed,
         "versions": versions(),
     }
-    _save_checked(bench, smaller, bench.folder / "cut", summary)
+    if not bench.place:
+        _save_checked(bench, smaller, bench.folder / "cut", summary)
     summary["seconds"] = time.perf_counter() - began
     _write(bench, summary)  # so that a recovery that stops can be repeated
     if config.recover_steps:
-        smaller = _recover(bench, smaller, plan, summary)
-        _save_checked(bench, smaller, bench.folder / "model", summary)
+        _recover(bench, smaller, plan, summary)
     else:
         if bench.writes:
             shutil.copytree(bench.folder / "cut", bench.folder / "model", dirs_exist_ok=True)
@@ -120,8 +127,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     if not further and bench.writes:
         _drop_recovery(folder / "metrics.jsonl")
-    model = _recover(bench, bench.model, plan, summary)
-    _save_checked(bench, model, folder / "model", summary)
+    _recover(bench, bench.model, plan, summary)
     return _finish(bench, summary)
 
 
@@ -179,7 +185,8 @@ def _save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summar
 def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: str) -> float:
     """Largest logit difference. Raises RuntimeError above the tolerance."""
     difference = float((actual - expected).abs().max())
-    tolerance = RELATIVE_TOLERANCE * max(1.0, float(expected.abs().max()))
+    relative = RELATIVE_TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE
+    tolerance = relative * max(1.0, float(expected.abs().max()))
     if not difference <= tolerance:
         raise RuntimeError(
             f"{what} differs from {other} by {difference:.2e} in a logit, more than {tolerance:.2e}. This is a bug of "
@@ -188,9 +195,9 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: 
     return difference
 
 
-def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict[str, Any]) -> PreTrainedModel:
-    """Train LoRA on the smaller model, merge it, and score the result."""
-    config = bench.config
+def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict[str, Any]) -> None:
+    """Train LoRA on the smaller model, merge it, score the result and save it."""
+    config, folder = bench.config, bench.folder / "model"
     wrapped = add_lora(model, config, config.seed + 1)
     rows = fit(
         bench.accelerator,
@@ -205,13 +212,43 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     )
     with bench.keeping(wrapped, None):
         bench.follow("recover", rows, config.recover_steps)
-    model = merge(wrapped)
-    checkpoint.cast(model, compute_dtype(config.precision, bench.accelerator.device))
+    if not bench.place:
+        model = merge(wrapped)
+        checkpoint.cast(model, compute_dtype(config.precision, bench.accelerator.device))
     recovered = _score(bench, model, plan.sparsity)
     summary["loss"]["recovered"] = recovered["loss"]
     summary["perplexity"]["recovered"] = recovered["perplexity"]
     summary["sample"]["recovered"] = recovered["answer"]
-    return model
+    if bench.place:
+        difference = _cut_files(bench, model, None, plan.sparsity, folder)[1]
+        summary["logit_differences"]["model_reloaded"] = difference
+        summary["max_logit_difference"] = max(summary["logit_differences"].values())
+    else:
+        _save_checked(bench, model, folder, summary)
+
+
+@torch.no_grad()
+def _cut_files(
+    bench: Workbench, model: PreTrainedModel, plan: Plan | None, sparsity: float, folder: Path
+) -> tuple[PreTrainedModel, float]:
+    """Write the smaller model from the files of `bench.place`, adapters merged; load it, compare, and go on from it.
+
+    One process writes, tensor after tensor; none holds a whole model. Without a plan nothing is cut.
+    """
+    place = bench.place
+    assert place is not None
+    ids = bench.windows[:1, :128].to(model.device)
+    gates = gated(model, plan.shape, plan.gates) if plan else nullcontext()
+    with status(f"writing {folder} from {place}, and comparing what loads with the model in training"):
+        with gates:
+            expected = model(ids).logits
+        if bench.writes:
+            write_cut(place, plan, folder, bench.prompt_at(sparsity), bench.config.model, factors(model))
+        bench.accelerator.wait_for_everyone()
+        smaller, _ = sharded.load(folder, model.dtype, bench.accelerator)
+        difference = _difference(smaller(ids).logits, expected, f"the model in {folder}", "the one in training")
+    bench.place = folder
+    return smaller, difference
 
 
 def _finish(bench: Workbench, summary: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 import copy
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedConfig
 
 
@@ -22,13 +23,26 @@ def run_prefix(decoder: nn.Module, ids: Tensor, config: PreTrainedConfig) -> Dyn
     """Keys and values of the tokens `ids` (P,), for one row. Gradients flow where they are enabled."""
     cache = DynamicCache(config=config)
     decoder(input_ids=ids[None], **with_cache(decoder, cache))
+    _gather_for(decoder, cache)
     filled = copy.copy(cache)
-    for layer, kept in zip(getattr(decoder, "layers", ()), cache.layers, strict=False):
-        if isinstance(layer, FSDPModule):
-            for tensor in (kept.keys, kept.values):
-                if tensor.requires_grad: tensor.register_hook(lambda _, layer=layer: layer.unshard())
     cache.layers = read_only(DynamicCache(config=config)).layers  # what recomputed activations of this run will see
     return filled
+
+
+def _gather_for(decoder: nn.Module, cache: DynamicCache) -> None:
+    """Have a layer's weights at hand when a gradient comes to its keys and values.
+
+    FSDP2 gathers a layer when a gradient comes to its output; these leave it by way of the cache.
+    """
+    layers = (module for module in decoder.modules() if isinstance(module, FSDPModule) and module is not decoder)
+    for layer, kept in zip(layers, cache.layers, strict=False):  # none, unless the layers are split over processes
+        for tensor in (kept.keys, kept.values):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(_gather, layer))
+
+
+def _gather(layer: FSDPModule, gradient: Tensor) -> None:
+    layer.unshard()
 
 
 def is_shareable(cache: DynamicCache) -> bool:

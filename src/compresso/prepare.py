@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from compresso import checkpoint, demo
+from compresso import checkpoint, demo, sharded
 from compresso import plan as plans
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
@@ -27,9 +28,13 @@ from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Source, hold_out, read_sources
 from compresso.self_data import write_records
 from compresso.shape import ModelShape, count_prunable, describe
+from compresso.streamed import folder_of
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+REPLICATING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+SHARDING = (DistributedType.FSDP,)
+PATIENCE = timedelta(hours=3)  # that processes wait for one that writes a large model
 RUN_MARKS = ("config.yaml", "env.json")
 
 
@@ -44,10 +49,18 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     accelerator = _accelerator(config)
     set_seed(config.seed)
     dtype = compute_dtype(config.precision, accelerator.device)
-    with status(f"loading {start or config.model}"), accelerator.main_process_first():
-        model, tokenizer = checkpoint.load(str(start or config.model))
-        stored = model.dtype
-        model = checkpoint.cast(model, dtype).to(accelerator.device)
+    place = None
+    with status(f"loading {start or config.model}"):
+        if config.sharded or accelerator.distributed_type in SHARDING:
+            with accelerator.main_process_first():
+                place = folder_of(str(start or config.model))
+            tokenizer = checkpoint.load_tokenizer(str(place))
+            model, stored = sharded.load(place, dtype, accelerator)
+        else:
+            with accelerator.main_process_first():
+                model, tokenizer = checkpoint.load(str(start or config.model))
+            stored = model.dtype
+            model = checkpoint.cast(model, dtype).to(accelerator.device)
     shape = describe(model)
     if start is None:
         _check_target(config, shape)
@@ -84,6 +97,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         parameters,
         count_prunable(model),
         {"stored_dtype": stored},
+        place,
     )
 
 
@@ -97,15 +111,20 @@ def _accelerator(config: PruneConfig) -> Accelerator:
     log_with = None if config.tracker == "none" else config.tracker
     if log_with and find_spec(log_with) is None:
         raise ValueError(f"--tracker {log_with}: its package is not installed (pip install {log_with})")
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
     try:
-        accelerator = Accelerator(cpu=config.device == "cpu", log_with=log_with, project_dir=config.output)
+        accelerator = Accelerator(
+            cpu=config.device == "cpu", log_with=log_with, project_dir=config.output, kwargs_handlers=[patience]
+        )
     except (ImportError, ValueError) as error:
         raise ValueError(f"--tracker {config.tracker}: {error}") from error
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    if accelerator.distributed_type not in (*REPLICATING, *SHARDING):
         raise ValueError(
-            f"pruning in several processes replicates the model so far, this launch asks for "
-            f"{accelerator.distributed_type}; launch with torchrun, or accelerate without FSDP and DeepSpeed"
+            f"this launch asks for {accelerator.distributed_type}; compresso runs in one process, in several with "
+            "torchrun or accelerate (MULTI_GPU, MULTI_CPU), and with the weights split over them (FSDP, or --sharded)"
         )
+    if config.sharded and accelerator.num_processes == 1:
+        raise ValueError("--sharded splits the weights over processes; launch with torchrun or accelerate")
     console.quiet = not accelerator.is_main_process
     return accelerator
 

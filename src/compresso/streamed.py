@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from compresso import checkpoint
 from compresso import plan as plans
+from compresso.adapters import Adapter
 from compresso.extract import check_fit, cut_weights, smaller_config
-from compresso.prompts import find_prompt
+from compresso.plan import Plan
+from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.shape import count_prunable, describe
 from compresso.workbench import progress_bar
 
@@ -61,6 +63,26 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self._file)
 
 
+class MergedWeights(Mapping[str, Tensor]):
+    """Weights with adapters folded in, each when it is asked for: W + scale B A, added in float32."""
+
+    def __init__(self, weights: Mapping[str, Tensor], adapters: dict[str, Adapter]):
+        self._weights, self._adapters = weights, adapters
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        if name not in self._adapters:
+            return weight
+        down, up, scale = self._adapters[name]
+        return weight.float().addmm_(up.float(), down.float(), alpha=scale).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, Any]:
     """Apply the plan of a run folder to a checkpoint on disk and write the smaller one; the facts of its card.
 
@@ -70,23 +92,46 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
     folder, plan = Path(output), plans.load(Path(run))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another --output")
+    place = folder_of(model)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    prompt = checkpoint.prompt_of(config) or find_prompt("none", "alpaca")
+    return write_cut(place, plan, folder, prompt, model)
+
+
+def folder_of(model: str) -> Path:
+    """The folder of a checkpoint's safetensors, fetched from the hub if need be. Raises as `checkpoint.find`."""
     if model.endswith(".gguf") or model == "demo":
-        raise ValueError(f"{model} is no folder with safetensors; `compresso prune` reads it, and writes one")
-    place = Path(checkpoint.find(model))
-    if not place.is_dir():
-        place = Path(
-            snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
+        raise ValueError(
+            f"{model} is no folder with safetensors; `compresso prune` reads it in one process, and writes one"
         )
+    place = Path(checkpoint.find(model))
+    if place.is_dir():
+        return place
+    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]))
+
+
+def write_cut(
+    place: Path,
+    plan: Plan | None,
+    folder: Path,
+    prompt: CollaborativePrompt,
+    base: str,
+    adapters: dict[str, Adapter] | None = None,
+) -> dict[str, Any]:
+    """Write the smaller one of the checkpoint in `place`, adapters merged first, as `folder`; the facts of its card.
+
+    Without a plan nothing is cut. `adapters` goes by the names of weights; `base` is what the card calls the model.
+    """
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     whole = shapes_of(config)
-    check_fit(plan, describe(whole))
-    old, tokenizer = StoredWeights(place), checkpoint.load_tokenizer(str(place))
-    if missing := [name for name in _stored_names(whole) if name not in old]:
-        raise ValueError(f"the weights in {place} lack {missing[0]} and {len(missing) - 1} more")
-    dtype = old[_stored_names(whole)[0]].dtype
+    shape = describe(whole)
+    plan = plan or Plan(shape, shape.open_gates())
+    check_fit(plan, shape)
+    old, tokenizer = read_weights(place, whole), checkpoint.load_tokenizer(str(place))
+    dtype = old[stored_names(whole)[0]].dtype
     smaller = shapes_of(smaller_config(config, old, plan))
     facts = {
-        "base model": model,
+        "base model": base,
         "parameters": f"{_count(whole):,} before, {_count(smaller):,} after",
         "sparsity": f"{100 * plan.sparsity:.2f} % of the decoder layers' matrices removed",
     }
@@ -99,13 +144,21 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
         if (place / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(place).save_pretrained(partial)
         with progress_bar() as bar:
-            task = bar.add_task("extract", total=len(_stored_names(smaller)), note="")
-            write_shards(partial, smaller, cut_weights(old, config.model_type, plan), lambda: bar.advance(task))
+            task = bar.add_task("extract", total=len(stored_names(smaller)), note="")
+            weights = cut_weights(MergedWeights(old, adapters or {}), config.model_type, plan)
+            write_shards(partial, smaller, weights, lambda: bar.advance(task))
 
-    prompt = checkpoint.prompt_of(config) or find_prompt("none", "alpaca")
-    card = checkpoint.model_card(smaller, model, prompt, facts)
+    card = checkpoint.model_card(smaller, base, prompt, facts)
     checkpoint.write(folder, smaller.config, tokenizer, prompt, card, write_weights)
     return {**facts, "prunable_parameters": count_prunable(smaller), "bytes": checkpoint.weight_bytes(folder)}
+
+
+def read_weights(place: Path, model: PreTrainedModel) -> StoredWeights:
+    """The weights in a folder. Raises ValueError if some of `model`'s are missing."""
+    found = StoredWeights(place)
+    if missing := [name for name in stored_names(model) if name not in found]:
+        raise ValueError(f"the weights in {place} lack {missing[0]} and {len(missing) - 1} more")
+    return found
 
 
 def shapes_of(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -118,7 +171,7 @@ def _count(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _stored_names(model: PreTrainedModel) -> list[str]:
+def stored_names(model: PreTrainedModel) -> list[str]:
     """Parameters that a checkpoint holds: of tied ones only the first."""
     return [name for name, _ in model.named_parameters()]
 

@@ -30,7 +30,7 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     ):
         dense, cut, recovered = (summary[key][stage] for stage in ("dense", "cut", "recovered"))
         table.add_row(name, f"{dense:.3f}", f"{cut:.3f}", f"{recovered:.3f}", f"{100 * (recovered / dense - 1):+.1f}%")
-    for kind in ("prefill", "decode"):
+    for kind in ("prefill", "decode") if "cost" in summary else ():
         before, after = (summary["cost"][stage][f"{kind}_tokens_per_second"]["median"] for stage in ("before", "after"))
         table.add_row(
             f"tokens/s, {kind}",

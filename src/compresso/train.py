@@ -187,7 +187,10 @@ def fit(
 def _backward(accelerator: Accelerator, model: PreTrainedModel, parts: list[Batch], gating: bool) -> tuple[float, int]:
     """Gradients of this process's share of the mean loss over the global batch; that loss, and the batch's tokens."""
     counts = [sum(part.targets for part in parts), sum(part.tokens for part in parts)]
-    targets, tokens = _summed(accelerator, torch.tensor(counts, dtype=torch.float64)).tolist()
+    sharing = [int(len(part.prefix) > 0) for part in parts]
+    targets, tokens, *sharing = _summed(accelerator, torch.tensor([*counts, *sharing], dtype=torch.float64)).tolist()
+    # all processes run the model equally often, or those that hold a part of it would wait for ever
+    parts = [p if n == accelerator.num_processes else p.unshared() for p, n in zip(parts, sharing, strict=True)]
     parts_loss = torch.zeros(1, dtype=torch.float64)
     for i, part in enumerate(parts):
         loss = target_loss(model, part.to(accelerator.device)) / max(targets, 1)

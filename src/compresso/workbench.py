@@ -54,6 +54,9 @@ class Workbench:
     facts: dict[str, Any] = field(default_factory=dict)
     """What steps leave for the summary."""
 
+    place: Path | None = None
+    """Folder of the checkpoint, where the model here is no whole one: it is cut on the way from files to files."""
+
     @property
     def writes(self) -> bool:
         """Whether this is the process that writes the run folder."""
