@@ -99,8 +99,9 @@ class PruneConfig:
 
     seed: int = 0
     """Seed of data order, LoRA and gates."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of training. auto: bf16 where the hardware multiplies it natively."""
+    precision: Literal["auto", "fp32", "bf16", "4bit"] = "auto"
+    """Number format of the frozen weights; auto: bf16 where the hardware multiplies it natively, else fp32. 4bit: NF4
+    by bitsandbytes while it learns (QLoRA); the result is cut from the checkpoint's own numbers."""
     device: str = "auto"
     """Device: auto, cpu, cuda, mps."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
@@ -149,7 +150,7 @@ class PruneConfig:
             "kept_gates": ("auto", "soft", "binary"),
             "prompt_format": ("auto", "chat", "alpaca"),
             "schedule": ("linear", "cubic"),
-            "precision": ("auto", "fp32", "bf16"),
+            "precision": ("auto", "fp32", "bf16", "4bit"),
             "tracker": ("none", "tensorboard", "wandb"),
             "method": ("l0",),
         }

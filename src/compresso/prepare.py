@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from compresso import checkpoint, demo, sharded
+from compresso import checkpoint, demo, quantised, sharded
 from compresso import plan as plans
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
@@ -28,7 +28,7 @@ from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Source, hold_out, read_sources
 from compresso.self_data import write_records
 from compresso.shape import ModelShape, count_prunable, describe
-from compresso.streamed import folder_of
+from compresso.streamed import count_parameters, folder_of
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -51,11 +51,11 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     dtype = compute_dtype(config.precision, accelerator.device)
     place = None
     with status(f"loading {start or config.model}"):
-        if config.sharded or accelerator.distributed_type in SHARDING:
+        if in_parts(config, accelerator):
             with accelerator.main_process_first():
                 place = folder_of(str(start or config.model))
             tokenizer = checkpoint.load_tokenizer(str(place))
-            model, stored = sharded.load(place, dtype, accelerator)
+            model, stored = load_parts(config, place, accelerator)
         else:
             with accelerator.main_process_first():
                 model, tokenizer = checkpoint.load(str(start or config.model))
@@ -82,7 +82,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         _make_folder(config, accelerator)
     if config.tracker != "none":
         accelerator.init_trackers("compresso")
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model.config)
     return Workbench(
         config,
         folder,
@@ -99,6 +99,18 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         {"stored_dtype": stored},
         place,
     )
+
+
+def in_parts(config: PruneConfig, accelerator: Accelerator) -> bool:
+    """Whether training has no whole model in its own numbers, which could be cut."""
+    return config.precision == "4bit" or config.sharded or accelerator.distributed_type in SHARDING
+
+
+def load_parts(config: PruneConfig, place: Path, accelerator: Accelerator) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model in a folder of safetensors, split over the processes or in four bits; and the dtype it is stored in."""
+    if config.precision == "4bit":
+        return quantised.load(place, accelerator.device)
+    return sharded.load(place, compute_dtype(config.precision, accelerator.device), accelerator)
 
 
 def _accelerator(config: PruneConfig) -> Accelerator:
@@ -123,7 +135,10 @@ def _accelerator(config: PruneConfig) -> Accelerator:
             f"this launch asks for {accelerator.distributed_type}; compresso runs in one process, in several with "
             "torchrun or accelerate (MULTI_GPU, MULTI_CPU), and with the weights split over them (FSDP, or --sharded)"
         )
-    if config.sharded and accelerator.num_processes == 1:
+    splits = config.sharded or accelerator.distributed_type in SHARDING
+    if splits and config.precision == "4bit":
+        raise ValueError("--precision 4bit holds the weights whole in every process; leave out --sharded or FSDP")
+    if splits and accelerator.num_processes == 1:
         raise ValueError("--sharded splits the weights over processes; launch with torchrun or accelerate")
     console.quiet = not accelerator.is_main_process
     return accelerator

@@ -4,6 +4,7 @@ Gates are passed as a dict from unit to one flat tensor, layer after layer;
 `ModelShape.sizes` tells how to split it.
 """
 
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +58,9 @@ class ModelShape:
 
 
 def describe(model: PreTrainedModel) -> ModelShape:
-    """Read the shape of a causal language model off its weights.
+    """Read the shape of a causal language model off its matrices.
 
-    Only `head_dim` cannot be seen in a weight; it is the config's. Raises ValueError
+    Only `head_dim` cannot be seen in a matrix; it is the config's. Raises ValueError
     for a model_type that is not in FAMILIES.
     """
     family: Family = family_of(model.config.model_type)
@@ -68,10 +69,10 @@ def describe(model: PreTrainedModel) -> ModelShape:
     for layer in model.get_submodule(family.layers):
         groups, queries, width = 0, 0, 0
         if has(layer, family.attention_output):
-            groups = layer.get_submodule(family.key).weight.shape[0] // head_dim
-            queries = layer.get_submodule(family.query).weight.shape[0] // head_dim // groups
+            groups = _linear(layer, family.key).out_features // head_dim
+            queries = _linear(layer, family.query).out_features // head_dim // groups
         if has(layer, family.mlp_output):
-            width = layer.get_submodule(family.mlp_output).weight.shape[1]
+            width = _linear(layer, family.mlp_output).in_features
         layers.append(LayerShape(groups, queries, head_dim, width))
     hidden_size = model.get_submodule(family.embedding).weight.shape[1]
     return ModelShape(hidden_size, len(family.mlp_inputs) + 1, tuple(layers))
@@ -130,4 +131,10 @@ def count_prunable(model: PreTrainedModel) -> int:
     family = family_of(model.config.model_type)
     paths = (family.query, family.key, family.value, family.attention_output, *family.mlp_inputs, family.mlp_output)
     layers = model.get_submodule(family.layers)
-    return sum(layer.get_submodule(p).weight.numel() for layer in layers for p in paths if has(layer, p))
+    matrices = [_linear(layer, path) for layer in layers for path in paths if has(layer, path)]
+    return sum(matrix.in_features * matrix.out_features for matrix in matrices)
+
+
+def _linear(layer: nn.Module, path: str) -> nn.Linear:
+    """A matrix; its features are those of the numbers that it stands for, however they are stored."""
+    return typing.cast(nn.Linear, layer.get_submodule(path))

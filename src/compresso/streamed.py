@@ -132,7 +132,7 @@ def write_cut(
     smaller = shapes_of(smaller_config(config, old, plan))
     facts = {
         "base model": base,
-        "parameters": f"{_count(whole):,} before, {_count(smaller):,} after",
+        "parameters": f"{count_parameters(config):,} before, {count_parameters(smaller.config):,} after",
         "sparsity": f"{100 * plan.sparsity:.2f} % of the decoder layers' matrices removed",
     }
 
@@ -167,8 +167,9 @@ def shapes_of(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pre
         return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
 
 
-def _count(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the model of a config, however its weights are held."""
+    return sum(parameter.numel() for parameter in shapes_of(config).parameters())
 
 
 def stored_names(model: PreTrainedModel) -> list[str]:

@@ -178,7 +178,7 @@ def progress_bar() -> Progress:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 where it is asked for, or where the hardware multiplies it natively."""
+    """bf16 where it is asked for, or where the hardware multiplies it natively; also beside 4-bit weights."""
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -187,4 +187,4 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
             capabilities: dict[str, Any] = probe() if device.type == "cpu" else {}
             native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
         precision = "bf16" if native else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16
