@@ -5,6 +5,10 @@ Importing this package lets `AutoModelForCausalLM.from_pretrained` load checkpoi
 layers differ in width, without remote code.
 """
 
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a remark on import about a kernel that is not needed
+
 from compresso.checkpoint import load
 from compresso.config import PruneConfig
 from compresso.extract import extract

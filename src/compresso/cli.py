@@ -1,5 +1,6 @@
 """The command line: parse, build the config, call one function, turn errors into messages."""
 
+import logging
 import os
 import sys
 import warnings
@@ -82,7 +83,7 @@ ESTIMATE = """\
 Tell what a run needs before it is started, from the model's config alone: memory by part, steps, tokens, hours.
 
   compresso estimate --model ./my-llama --gpu-memory 24
-  compresso estimate --config runs/demo/config.yaml --gpus 8 --gpu-memory 80 --teraflops 200
+  compresso estimate --config configs/llama-3.1-70b-20.yaml --gpus 8 --gpu-memory 80 --teraflops 200
 
 The model may be a folder that holds nothing but its config.json."""
 
@@ -251,7 +252,8 @@ def _estimate(args: list[str]) -> None:
         gpus: int = 1,
         gpu_memory: float | None = None,
         teraflops: float | None = None,
-    ) -> tuple[str | None, str | None, int, float | None, float | None]:
+        sharded: bool | None = None,
+    ) -> tuple[str | None, str | None, int, float | None, float | None, bool | None]:
         """
         Args:
             config: Settings as `prune` reads them.
@@ -259,17 +261,19 @@ def _estimate(args: list[str]) -> None:
             gpus: Processes, a GPU each.
             gpu_memory: Memory of each, in GB, to tell whether it fits.
             teraflops: Tera operations per second that each sustains, to tell the hours.
+            sharded: Split the weights over the GPUs (FSDP2), or not, instead of what the settings say.
         """
-        return config, model, gpus, gpu_memory, teraflops
+        return config, model, gpus, gpu_memory, teraflops, sharded
 
-    path, model, gpus, gpu_memory, teraflops = tyro.cli(
+    path, model, gpus, gpu_memory, teraflops, sharded = tyro.cli(
         settings, args=args, prog="compresso estimate", description=ESTIMATE
     )
     for name, value in (("--gpus", gpus), ("--gpu-memory", gpu_memory), ("--teraflops", teraflops)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be above 0, got {value}")
     of_file = read_yaml(path) if path is not None else {}
-    config = PruneConfig(**{**of_file, **({"model": model} if model is not None else {})})
+    given = {key: value for key, value in (("model", model), ("sharded", sharded)) if value is not None}
+    config = PruneConfig(**{**of_file, **given})
     from compresso.estimate import estimate, show
     from compresso.workbench import console, status
 
@@ -324,6 +328,7 @@ def main(args: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if args is None else args
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could act on
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a remark about a kernel, even where it is not used
     raise_on_sigterm()
     errors = Console(stderr=True)
     if not args or args[0] in ("-h", "--help"):

@@ -32,11 +32,13 @@ from compresso.streamed import shapes_of
 from compresso.train import recomputed, target_loss
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
+GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
+BITS = 4.127  # of an NF4 number with its scales (QLoRA, arXiv 2305.14314, section 3)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Counts, and bytes of one process (each holds a whole model)."""
+    """Counts, and bytes of one process: each holds a whole model, or with `sharded` its part of one."""
 
     parameters: int
     prunable: int
@@ -45,7 +47,7 @@ class Estimate:
     training: dict[str, int]
     """Bytes at the peak of a training step, by part."""
     checking: dict[str, int]
-    """Bytes while the cut model is compared with the gated one, in float32, by part."""
+    """Bytes while the cut model is compared with the gated one, by part; in float32 where both are whole."""
     steps: int
     tokens: int
     """Through the model in the whole run and all processes; the shared prompt once a step and process."""
@@ -58,7 +60,12 @@ class Estimate:
 
 
 def estimate(config: PruneConfig, processes: int = 1) -> Estimate:
-    """What `compresso prune` with these settings needs. Raises as `checkpoint.find` if there is no such model."""
+    """What `compresso prune` with these settings needs.
+
+    Raises as `checkpoint.find` if there is no such model, and ValueError if one process is to hold a part of it.
+    """
+    if config.sharded and processes < 2:
+        raise ValueError("the settings split the weights over processes (sharded); say over how many (--gpus 8)")
     architecture, prompt_tokens = _look(config)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     whole = shapes_of(architecture, dtype)
@@ -66,20 +73,51 @@ def estimate(config: PruneConfig, processes: int = 1) -> Estimate:
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
     part = training_memory(architecture, dtype, config, prompt_tokens)
     adapters = part.pop("adapter parameters")
-    cut = parameters - round(config.target_sparsity * prunable)
     steps = config.steps + config.recover_steps
     shared = prompt_tokens * (1 if _shares(config, prompt_tokens) else _rows(config))
     tokens = steps * processes * (config.batch_size * config.max_length + config.accumulation * shared)
+    layers = whole.get_submodule(family_of(architecture.model_type).layers)
+    in_layers = sum(p.numel() for p in layers.parameters())
+    weights, kept = _weights(config, dtype, processes, parameters, prunable, in_layers, len(layers))
     return Estimate(
         parameters,
         prunable,
         adapters,
         sum(sum(shape.sizes(unit)) for unit in config.units),
-        {"weights": parameters * dtype.itemsize, **part},
-        {"dense model": 4 * parameters, "cut model": 4 * cut},
+        {**weights, **part},
+        kept,
         steps,
         tokens,
-        4.0 * parameters * tokens,
+        (6.0 if config.gradient_checkpointing else 4.0) * parameters * tokens,
+    )
+
+
+def _weights(
+    config: PruneConfig,
+    dtype: torch.dtype,
+    processes: int,
+    parameters: int,
+    prunable: int,
+    in_layers: int,
+    layers: int,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of the weights of one process while it learns, and of those that are there when cut and gated meet."""
+    size, removed = dtype.itemsize, config.target_sparsity * prunable
+    if config.sharded:
+        outside, part = size * (parameters - in_layers), size * in_layers // processes
+        gathered = size * GATHERED * in_layers // layers
+        cut = round(part * (1 - removed / in_layers))
+        weights = {"embedding and head": outside, "part of the layers": part, "layers gathered": gathered}
+        return weights, {"dense model": outside + part, "cut model": outside + cut, "layers gathered": gathered}
+    if config.precision == "4bit":
+        outside, four = size * (parameters - prunable), round(prunable * BITS / 8)
+        cut = round((prunable - removed) * BITS / 8)
+        largest = size * in_layers // layers // 2  # of a matrix in its full numbers; none is half a layer
+        weights = {"embedding, head, norms": outside, "matrices in four bits": four, "matrix at work": largest}
+        return weights, {"dense model": outside + four, "cut model": outside + cut, "matrix at work": largest}
+    return (
+        {"weights": size * parameters},
+        {"dense model, in float32": 4 * parameters, "cut model, in float32": 4 * round(parameters - removed)},
     )
 
 
@@ -91,7 +129,7 @@ def show(found: Estimate, gpus: int, gpu_memory: float | None, teraflops: float 
         highlight=False,
     )
     table = Table("memory of each process, GB", "", title=None)
-    for stage, parts in (("training", found.training), ("checking, in float32", found.checking)):
+    for stage, parts in (("training", found.training), ("checking", found.checking)):
         table.add_row(Text(stage, style="bold"), f"{sum(parts.values()) / 1e9:,.2f}")
         for name, size in parts.items():
             table.add_row(f"  {name}", f"{size / 1e9:,.2f}")
@@ -106,7 +144,8 @@ def show(found: Estimate, gpus: int, gpu_memory: float | None, teraflops: float 
         )
     if gpu_memory is not None:
         need = found.peak / 1e9
-        verdict = "it fits" if need <= gpu_memory else "it does not fit: every process holds the whole model"
+        advice = "" if "part of the layers" in found.training else "; split the weights (--sharded) or use 4bit"
+        verdict = "it fits" if need <= gpu_memory else "it does not fit" + advice
         console.print(f"{need:,.1f} GB of {gpu_memory:g} GB at the peak: {verdict}", highlight=False)
 
 

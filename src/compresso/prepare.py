@@ -32,8 +32,7 @@ from compresso.streamed import count_parameters, folder_of
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-REPLICATING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-SHARDING = (DistributedType.FSDP,)
+LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")  # of accelerate
 PATIENCE = timedelta(hours=3)  # that processes wait for one that writes a large model
 RUN_MARKS = ("config.yaml", "env.json")
 
@@ -103,7 +102,20 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
 
 def in_parts(config: PruneConfig, accelerator: Accelerator) -> bool:
     """Whether training has no whole model in its own numbers, which could be cut."""
-    return config.precision == "4bit" or config.sharded or accelerator.distributed_type in SHARDING
+    return config.precision == "4bit" or _splits(config, accelerator)
+
+
+def _splits(config: PruneConfig, accelerator: Accelerator) -> bool:
+    """Whether settings or launch ask for weights split over the processes: FSDP, or the third stage of ZeRO.
+
+    We split them in one way for both. Only adapters and gates learn, so that the other stages have nothing to save.
+    """
+    plugin = accelerator.deepspeed_plugin
+    return (
+        config.sharded
+        or accelerator.distributed_type == DistributedType.FSDP
+        or (plugin is not None and plugin.zero_stage == 3)
+    )
 
 
 def load_parts(config: PruneConfig, place: Path, accelerator: Accelerator) -> tuple[PreTrainedModel, torch.dtype]:
@@ -130,12 +142,12 @@ def _accelerator(config: PruneConfig) -> Accelerator:
         )
     except (ImportError, ValueError) as error:
         raise ValueError(f"--tracker {config.tracker}: {error}") from error
-    if accelerator.distributed_type not in (*REPLICATING, *SHARDING):
+    if accelerator.distributed_type not in LAUNCHES:
         raise ValueError(
-            f"this launch asks for {accelerator.distributed_type}; compresso runs in one process, in several with "
-            "torchrun or accelerate (MULTI_GPU, MULTI_CPU), and with the weights split over them (FSDP, or --sharded)"
+            f"this launch asks for {accelerator.distributed_type}, which compresso does not know; it runs in one "
+            "process or in several, with the weights whole in each or split over them (FSDP, ZeRO-3, --sharded)"
         )
-    splits = config.sharded or accelerator.distributed_type in SHARDING
+    splits = _splits(config, accelerator)
     if splits and config.precision == "4bit":
         raise ValueError("--precision 4bit holds the weights whole in every process; leave out --sharded or FSDP")
     if splits and accelerator.num_processes == 1:
