@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from compresso.chat import chat, compare
 from compresso.families import FAMILIES
 from compresso.lagrangian import make_schedule
 from compresso.masks import Gates, Masks
+from compresso.prepare import prepare
 from compresso.shape import count_prunable, describe
 from compresso.stopping import Stopped
 from tiny import tiny_model
@@ -343,3 +346,28 @@ def test_planted_structure_is_found():
     found = plan.select(shape, {"intermediate": masks.log_alpha["intermediate"].detach()}, target)
     removed = found.gates["intermediate"] == 0
     assert float(planted.flatten()[removed].float().mean()) > 0.9
+
+
+def test_streamed_data_is_the_same_on_any_number_of_processes_and_from_any_step(checkpoint, data, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    lines = data.read_text().splitlines()
+    for i in range(4):
+        (folder / f"{i}.jsonl").write_text("\n".join(lines[i::4]))
+    settings = {**QUICK, "data": str(folder), "stream": True, "validation_records": 4, "batch_size": 4}
+    config = compresso.PruneConfig(model=str(checkpoint), output=str(tmp_path / "run"), **settings)
+    bench = prepare(config)
+
+    def drawn(processes: int, rank: int, start: int, steps: int) -> list[list[tuple[int, ...]]]:
+        bench.config = replace(config, batch_size=4 // processes)
+        bench.accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
+        following = bench.batches(0, start)
+        return [sorted(tuple(row.tolist()) for b in following(0.0) for row in b.unshared().ids) for _ in range(steps)]
+
+    alone = drawn(1, 0, 0, 6)
+    shares = [drawn(2, rank, 0, 6) for rank in (0, 1)]
+    for step, whole in enumerate(alone):
+        # rows are padded to the longest of their batch
+        together = [tuple(t for t in row if t) for rank in (0, 1) for row in shares[rank][step]]
+        assert sorted(together) == sorted(tuple(t for t in row if t) for row in whole)
+    assert drawn(1, 0, 4, 2) == alone[4:]

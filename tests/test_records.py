@@ -6,7 +6,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from compresso.records import Source, hold_out, parse, read_sources, similar_lengths, stream
+from compresso.records import Source, hold_out, parse, read_sources, similar_lengths
+from compresso.streams import Stream, mixed, open_streams, take_held_out
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 
@@ -96,15 +97,17 @@ def test_a_file_of_no_use_is_an_error(tmp_path, name, content, message):
 def test_a_missing_file_and_a_folder_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data file"):
         read_sources(str(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="holds no data file"):
         read_sources(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no data file fits"):
+        read_sources(f"{tmp_path}/*.jsonl")
 
 
 def test_weights_decide_how_often_a_source_is_drawn(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"instruction": name, "output": name}))
     sources = read_sources(f"{tmp_path}/a.jsonl:0.7,{tmp_path}/b.jsonl:0.3")
-    drawn = [record.response for record in itertools.islice(stream(sources, 0), 2000)]
+    drawn = [record.response for record in itertools.islice(mixed(sources, 0), 2000)]
     assert drawn.count("a") / 2000 == pytest.approx(0.7, abs=0.04)
     with pytest.raises(ValueError, match="every source"):
         read_sources(f"{tmp_path}/a.jsonl:0.7,{tmp_path}/b.jsonl")
@@ -114,14 +117,14 @@ def test_weights_decide_how_often_a_source_is_drawn(tmp_path):
 
 def test_an_epoch_is_every_record_once_in_the_order_of_the_seed():
     source = Source("x", None, [parse({"text": str(i)}) for i in range(50)])
-    first, again, other = ([r.text for r in itertools.islice(stream([source], seed), 100)] for seed in (1, 1, 2))
+    first, again, other = ([r.text for r in itertools.islice(mixed([source], seed), 100)] for seed in (1, 1, 2))
     assert sorted(first[:50]) == sorted(first[50:]) == sorted(r.text for r in source.records)
     assert first == again != other
 
 
 def test_grouping_by_length_loses_no_record():
     source = Source("x", None, [parse({"text": "x" * (1 + i * 7 % 50)}) for i in range(64)])
-    groups = list(itertools.islice(similar_lengths(stream([source], 0), 8, 4, 0), 8))
+    groups = list(itertools.islice(similar_lengths(mixed([source], 0), 8, 4, 0), 8))
     assert sorted(r.length() for g in groups for r in g) == sorted(r.length() for r in source.records)
     assert max(max(r.length() for r in g) - min(r.length() for r in g) for g in groups) < 30
 
@@ -131,3 +134,66 @@ def test_held_out_records_are_not_trained_on():
     rest, held = hold_out([source], 48, 0)
     assert len(held) == 4
     assert not {r.text for r in held} & {r.text for r in rest[0].records}
+
+
+def shards(folder, count: int, each: int, name: str = "shard") -> str:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        rows = [json.dumps({"instruction": "say", "output": f"{i} {j}"}) for j in range(each)]
+        (folder / f"{name}{i}.jsonl").write_text("\n".join(rows))
+    return str(folder)
+
+
+def append(file, line: str) -> None:
+    file.write_text(f"{file.read_text()}\n{line}")
+
+
+def test_a_folder_and_a_pattern_of_files_are_one_source(tmp_path):
+    folder = shards(tmp_path / "data", 3, 4)
+    (tmp_path / "data" / "notes.txt").write_text("not data")
+    append(tmp_path / "data" / "shard1.jsonl", "broken")
+    for name, count in ((folder, 12), (f"{folder}/shard[12].jsonl", 8)):
+        (source,) = read_sources(name)
+        assert len(source.records) == count
+        assert source.skipped == [(5, "shard1.jsonl: not JSON")]
+
+
+def test_a_stream_gives_every_record_once_an_epoch_in_an_order_of_its_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr("compresso.streams.BUFFER", 10)
+    folder = shards(tmp_path / "data", 6, 20)
+    append(tmp_path / "data" / "shard3.jsonl", '{"instruction": "say"}')
+
+    def drawn(seed: int, count: int) -> list[str]:
+        streams, held = take_held_out(open_streams(folder, lambda record: None), 4, 0)
+        assert [record.response for record in held] == ["0 0", "0 1", "0 2", "0 3"]
+        return [record.response for record in itertools.islice(mixed(streams, seed), count)]
+
+    epochs = drawn(1, 2 * 116)
+    everything = {f"{i} {j}" for i in range(6) for j in range(20)} - {"0 0", "0 1", "0 2", "0 3"}
+    assert set(epochs[:116]) == set(epochs[116:]) == everything
+    assert epochs[:116] != epochs[116:]
+    assert drawn(1, 50) == epochs[:50]
+    assert drawn(2, 50) != epochs[:50]
+    assert len({response.split()[0] for response in epochs[:20]}) > 1, "a buffer mixes files"
+
+
+def test_a_stream_names_what_it_leaves_out_and_refuses_to_be_empty(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"instruction": "say", "output": "no"}\nbroken\n')
+    (stream,) = open_streams(str(file), lambda record: "the template refuses it")
+    with pytest.raises(
+        ValueError, match=r"no usable record.*line 1: the template refuses it; data.jsonl line 2: not JSON"
+    ):
+        stream.hold_out(4)
+    with pytest.raises(FileNotFoundError):
+        open_streams(str(tmp_path / "none.jsonl"), lambda record: None)
+
+
+def test_tables_and_weights_stream_too(tmp_path):
+    rows = [{"instruction": "say", "output": f"t{i}"} for i in range(30)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    folder = shards(tmp_path / "data", 2, 30)
+    streams = open_streams(f"{tmp_path / 'a.parquet'}:0.25,{folder}:0.75", lambda record: None)
+    assert all(isinstance(stream, Stream) for stream in streams)
+    drawn = [record.response for record in itertools.islice(mixed(streams, 0), 1000)]
+    assert sum(response.startswith("t") for response in drawn) / 1000 == pytest.approx(0.25, abs=0.05)

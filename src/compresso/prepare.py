@@ -25,10 +25,11 @@ from compresso.config import PruneConfig, nearest
 from compresso.families import family_of
 from compresso.perplexity import WINDOW, text_windows
 from compresso.prompts import CollaborativePrompt, find_prompt
-from compresso.records import Source, hold_out, read_sources
+from compresso.records import Record, Source, read_sources
 from compresso.self_data import write_records
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import count_parameters, folder_of
+from compresso.streams import Stream, open_streams, take_held_out
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -74,7 +75,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         _make_folder(config, accelerator)
     with accelerator.main_process_first():
         sources = read_records(config, model, encoder, prompt)
-    sources, held_out = hold_out(sources, config.validation_records, config.seed)
+    sources, held_out = take_held_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, min(WINDOW, context or WINDOW), shorter=True)
     if start is None and config.records != "self":
@@ -218,27 +219,37 @@ def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) 
 
 def read_records(
     config: PruneConfig, model: PreTrainedModel, encoder: Encoder, prompt: CollaborativePrompt
-) -> list[Source]:
+) -> list[Source] | list[Stream]:
     """The records that `config` names, without those that the chat template refuses; says what was left out.
 
     Raises ValueError or FileNotFoundError for a source without a usable record.
     """
+
+    def refusal(record: Record) -> str | None:
+        try:
+            encoder.split_text(record, prompt)
+        except ValueError as error:
+            return str(error)
+        return None
+
     match config.records:
         case "self":
             sources = _own_records(config, model, encoder)
         case "demo":
             sources = [demo.records()]
+        case _ if config.stream:
+            return open_streams(config.records, refusal)
         case _:
             with status("reading records"):
                 sources = read_sources(config.records)
     for source in sources:
         kept = []
         for number, record in enumerate(source.records, 1):
-            try:
-                encoder.split_text(record, prompt)
+            reason = refusal(record)
+            if reason is None:
                 kept.append(record)
-            except ValueError as error:
-                source.skipped.append((number, str(error)))
+            else:
+                source.skipped.append((number, reason))
         source.records = kept
         if source.report():
             console.print(source.report(), markup=False)

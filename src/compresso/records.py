@@ -4,6 +4,7 @@ JSON is read line by line here, so that a wrong record can be named by its line;
 Parquet and hub ids are read by `datasets`.
 """
 
+import glob
 import itertools
 import json
 import random
@@ -51,15 +52,16 @@ class Source:
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """Line or row number, from 1, and the reason."""
 
-    def add(self, number: int, row: Any) -> None:
-        try:
-            record = parse(row)
-            "".join([record.text, *(turn["content"] for turn in record.messages)]).encode()
+    def add(self, number: int, row: Any, where: str = "") -> None:
+        record, reason = parse_row(row)
+        if record:
             self.records.append(record)
-        except UnicodeEncodeError:
-            self.skipped.append((number, "half a surrogate pair in the text"))
-        except ValueError as error:
-            self.skipped.append((number, str(error)))
+        else:
+            self.skipped.append((number, where + reason))
+
+    def epoch(self, rng: random.Random) -> Iterator[Record]:
+        """Each record once."""
+        yield from rng.sample(self.records, len(self.records))
 
     def report(self) -> str:
         """A line for the user about skipped records; empty when there is none."""
@@ -67,6 +69,20 @@ class Source:
             return ""
         first = "; ".join(f"line {number}: {reason}" for number, reason in self.skipped[:5])
         return f"{self.name}: skipped {len(self.skipped)} of {len(self.skipped) + len(self.records)} records ({first})"
+
+
+def parse_row(row: Any) -> tuple[Record | None, str]:
+    """A record, or the reason why there is none; a row may be the ValueError that its reading ended with."""
+    try:
+        if isinstance(row, ValueError):
+            raise row
+        record = parse(row)
+        "".join([record.text, *(turn["content"] for turn in record.messages)]).encode()
+    except UnicodeEncodeError:
+        return None, "half a surrogate pair in the text"
+    except ValueError as error:
+        return None, str(error)
+    return record, ""
 
 
 def parse(row: Any) -> Record:
@@ -121,97 +137,131 @@ def _conversation(messages: Any) -> Record:
     return Record(messages=tuple(turns), instruction="\n\n".join(asked))
 
 
-def read_sources(data: str) -> list[Source]:
-    """Read `a.jsonl:0.7,b.csv:0.3,org/name`. Raises FileNotFoundError or ValueError for a source of no use."""
-    sources = []
+def parts_of(data: str) -> list[tuple[str, float | None]]:
+    """Names and weights in `a.jsonl:0.7,b.csv:0.3,org/name`. Raises ValueError if they make no sense."""
+    parts: list[tuple[str, float | None]] = []
     for part in (part.strip() for part in data.split(",") if part.strip()):
         name, _, weight = part.rpartition(":")
         try:
-            source = Source(name, float(weight)) if name else Source(part)
+            parts.append((name, float(weight)) if name else (part, None))
         except ValueError:
-            source = Source(part)
-        if source.weight is not None and not 0 < source.weight < float("inf"):
-            raise ValueError(f"the weight of {source.name} must be above 0, got {source.weight}")
-        _read(source)
+            parts.append((part, None))
+        if parts[-1][1] is not None and not 0 < parts[-1][1] < float("inf"):
+            raise ValueError(f"the weight of {parts[-1][0]} must be above 0, got {parts[-1][1]}")
+    if not parts:
+        raise ValueError("--data names no source")
+    if len({weight is None for _, weight in parts}) > 1:
+        raise ValueError("either every source of --data has a weight (a.jsonl:0.7,b.jsonl:0.3) or none has")
+    return parts
+
+
+def read_sources(data: str) -> list[Source]:
+    """Read `a.jsonl:0.7,b.csv:0.3,org/name`. Raises FileNotFoundError or ValueError for a source of no use."""
+    sources = []
+    for name, weight in parts_of(data):
+        source = Source(name, weight)
+        files = files_of(name)
+        for path in files:
+            for number, row in rows_of(path):
+                source.add(number, row, f"{path.name}: " if len(files) > 1 else "")
+        if not files:
+            for number, row in hub_rows(name):
+                source.add(number, row)
         if not source.records:
             reason = source.report() or f"{source.name} is empty"
             raise ValueError(f"no usable record: {reason}. Expected instruction/input/output, messages or text columns")
         sources.append(source)
-    if not sources:
-        raise ValueError("--data names no source")
-    if len({source.weight is None for source in sources}) > 1:
-        raise ValueError("either every source of --data has a weight (a.jsonl:0.7,b.jsonl:0.3) or none has")
     return sources
 
 
-def _read(source: Source) -> None:
-    path = Path(source.name)
+def files_of(name: str) -> list[Path]:
+    """The files that a source names, in order: one, those of a folder or a pattern (a/*.jsonl); none for a hub id.
+
+    Raises FileNotFoundError or ValueError for what can be none of these.
+    """
+    path = Path(name)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the files in it ({', '.join(SUFFIXES)})")
+        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not found:
+            raise ValueError(f"the folder {path} holds no data file ({', '.join(SUFFIXES)})")
+        return found
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(SUFFIXES)}"
-            )
-        reader = {".json": _read_json, ".jsonl": _read_jsonl}.get(path.suffix, _read_table)
-        reader(source, path)
-    elif path.suffix in SUFFIXES or source.name.count("/") != 1:
+        found = [path]
+    elif any(sign in name for sign in "*?["):
+        found = sorted(Path(file) for file in glob.glob(name, recursive=True))
+        if not found:
+            raise FileNotFoundError(f"no data file fits {name}")
+    elif path.suffix in SUFFIXES or name.count("/") != 1:
         raise FileNotFoundError(
-            f"no data file {path}; expected a file ({', '.join(SUFFIXES)}), a hub id org/name, self or demo"
+            f"no data file {path}; expected a file ({', '.join(SUFFIXES)}), a folder or pattern of such files, a hub "
+            "id org/name, self or demo"
         )
     else:
-        _read_hub(source)
+        return []
+    for file in found:
+        if file.suffix not in SUFFIXES:
+            raise ValueError(
+                f"{file}: cannot read {file.suffix or 'a file without suffix'}; expected {', '.join(SUFFIXES)}"
+            )
+    return found
 
 
-def _read_jsonl(source: Source, path: Path) -> None:
+def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line or row number, from 1, and what is there: decoded, or a ValueError. Raises ValueError for a damaged file."""
+    return {".json": _json_rows, ".jsonl": _line_rows}.get(path.suffix, _table_rows)(path)
+
+
+def _line_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                source.add(number, json.loads(line))
+                yield number, json.loads(line)
             except (ValueError, RecursionError):
-                source.skipped.append((number, "not JSON"))
+                yield number, ValueError("not JSON")
 
 
-def _read_json(source: Source, path: Path) -> None:
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         with path.open("rb") as lines:
             first = lines.readline().strip()
-        if first.startswith(b"{") and first.endswith(b"}"):
-            _read_jsonl(source, path)  # JSON lines under the other name
-            return
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not (first.startswith(b"{") and first.endswith(b"}")):
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        yield from _line_rows(path)  # JSON lines under the other name
+        return
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of records, found {type(rows).__name__}")
-    for number, row in enumerate(rows, 1):
-        source.add(number, row)
+    yield from enumerate(rows, 1)
 
 
-def _read_table(source: Source, path: Path) -> None:
+def _table_rows(path: Path) -> Iterator[tuple[int, Any]]:
     from datasets import Dataset
     from datasets.utils import disable_progress_bars
 
     disable_progress_bars()
     try:
         reader = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
-        for number, row in enumerate(reader(str(path), keep_in_memory=True), 1):
-            source.add(number, row)
+        yield from enumerate(reader(str(path), keep_in_memory=True), 1)
     except Exception as error:  # pandas, pyarrow and datasets each raise their own
         raise ValueError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from error
 
 
-def _read_hub(source: Source) -> None:
+def hub_rows(name: str, streaming: bool = False, seed: int | None = None) -> Iterator[tuple[int, Any]]:
+    """Rows of a dataset of the hub, fetched as a whole or while they are used; with a seed its files are shuffled.
+
+    Raises FileNotFoundError if the hub does not give it.
+    """
     from datasets import load_dataset
 
     try:
-        for number, row in enumerate(load_dataset(source.name, split="train"), 1):
-            source.add(number, row)
+        rows = load_dataset(name, split="train", streaming=streaming)
+        yield from enumerate(rows if seed is None else rows.shuffle(seed=seed, buffer_size=1), 1)
     except Exception as error:  # the hub client raises its own for each way to fail
         raise FileNotFoundError(
-            f"no file {source.name!r}, and the hub gave no such dataset ({type(error).__name__}). Check the "
+            f"no file {name!r}, and the hub gave no such dataset ({type(error).__name__}). Check the "
             "spelling and the network, or use local files or `--data demo`"
         ) from error
 
@@ -240,19 +290,3 @@ def similar_lengths(records: Iterator[Record], size: int, pool: int, seed: int) 
         groups = [together[i : i + size] for i in range(0, len(together), size)]
         rng.shuffle(groups)
         yield from groups
-
-
-def stream(sources: list[Source], seed: int) -> Iterator[Record]:
-    """Records without end: shuffled anew each epoch; with weights, each draw picks its source by weight."""
-    rng = random.Random(seed)
-
-    def epochs(records: list[Record]) -> Iterator[Record]:
-        while True:
-            yield from rng.sample(records, len(records))
-
-    if any(source.weight is not None for source in sources):
-        streams = [epochs(source.records) for source in sources]
-        weights = [source.weight or 0.0 for source in sources]
-        while True:
-            yield next(rng.choices(streams, weights)[0])
-    yield from epochs([record for source in sources for record in source.records])

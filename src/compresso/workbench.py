@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import time
@@ -25,8 +26,9 @@ from compresso.batches import Batch, Encoder, batches
 from compresso.config import PruneConfig
 from compresso.masks import Masks
 from compresso.prompts import CollaborativePrompt
-from compresso.records import Record, Source, similar_lengths, stream
+from compresso.records import Record, Source, similar_lengths
 from compresso.stopping import DISCONNECTED, DIVERGED, INTERRUPTED, TERMINATED, Stopped, Terminated, uninterrupted
+from compresso.streams import Stream, mixed
 from compresso.train import Disconnected, Diverged
 
 console = Console()
@@ -44,7 +46,7 @@ class Workbench:
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     prompt: CollaborativePrompt
-    sources: list[Source]
+    sources: list[Source] | list[Stream]
     held_out: list[Record]
     windows: Tensor
     """(N, T) token ids of held-out text."""
@@ -68,15 +70,15 @@ class Workbench:
         left = self.parameters - sparsity * self.prunable
         return self.prompt.filled(sparsity=sparsity, target_sparsity=target, parameters=left)
 
-    def batches(self, seed: int) -> Callable[[float], list[Batch]]:
+    def batches(self, seed: int, start: int = 0) -> Callable[[float], list[Batch]]:
         """A function of the sparsity so far that gives this process's parts of the next global batch.
 
         All processes draw the same records and each takes its share, so that the run does not
-        depend on how many there are.
+        depend on how many there are. The first `start` batches are passed over.
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = self.config.batch_size * processes
-        groups = similar_lengths(stream(self.sources, seed), size, POOL, seed)
+        groups = itertools.islice(similar_lengths(mixed(self.sources, seed), size, POOL, seed), start, None)
 
         def next_batches(sparsity: float) -> list[Batch]:
             prompt = self.prompt_at(sparsity)
@@ -109,6 +111,9 @@ class Workbench:
                         f"{stage} ({row['phase']}) step {row['step']}/{steps}  {_note(row, rate)}", markup=False
                     )
 
+        for source in self.sources:
+            if isinstance(source, Stream) and source.report():
+                console.print(source.report(), markup=False)
         release_memory()
 
     @contextmanager
