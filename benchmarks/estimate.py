@@ -8,7 +8,6 @@ the weights at most, plus the weights. A process of its own for each shape.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +24,12 @@ from compresso.masks import Gates
 from compresso.prepare import versions
 from compresso.shape import describe
 from compresso.train import target_loss
+from compresso.workbench import give_back_large_blocks
 
 RESULT = Path(__file__).parent / "results" / "estimate.json"
 PROMPT, STEPS = 200, 3
 CONFIG = PruneConfig(max_length=128)
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "glibc's default": {},
-    "large blocks given back at once": {"MALLOC_MMAP_THRESHOLD_": "200000"},  # without gaps between blocks
-}
+ALLOCATORS = ("as a run sets it", "glibc's default")
 SHAPES = {
     "135M": {
         "vocab_size": 49152,
@@ -85,17 +82,18 @@ def predict(architecture: LlamaConfig, parameters: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SHAPES, help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", choices=ALLOCATORS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
+        if given.allocator == ALLOCATORS[0]:
+            give_back_large_blocks()
         print(json.dumps(measure(LlamaConfig(**SHAPES[given.only]))))
         return
     rows = []
     for name, settings in SHAPES.items():
-        for allocator, environment in ALLOCATORS.items():
-            command = [sys.executable, __file__, "--only", name]
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment}
-            )
+        for allocator in ALLOCATORS:
+            command = [sys.executable, __file__, "--only", name, "--allocator", allocator]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             said = predict(LlamaConfig(**settings), found["parameters"])
             rows.append({"shape": name, "allocator": allocator, **found, "estimated": said})
