@@ -1,25 +1,29 @@
 """What a pruning step costs against plain LoRA fine-tuning of the same model on the same records.
 
 python benchmarks/cost.py --quick        # under five minutes; both write benchmarks/results/cost.json
-python benchmarks/cost.py
+python benchmarks/cost.py                # and the growth with batch, prompt, width, depth, vocabulary
 
 (a) peft and the transformers Trainer as a user would write it: the prompt in front of every record, batches of random
-records, padded, logits everywhere. (b) a pruning step of ours: gates of all default kinds, LoRA, the constraint.
-Both train the same adapters in the same precision; they alternate in one process, block by block, on the same records.
-Time includes the making of batches. Memory is what a block adds to the weights at most, plus the weights.
+records, padded, logits everywhere. (b) a pruning step of ours: gates of all default kinds, LoRA, the constraint, and
+nothing cut yet. Both train the same adapters in the same precision; they alternate in one process, block by block, on
+the same records. Time includes the making of batches. Memory is what a block adds to the weights at most, plus the
+weights, with the same allocator settings for both.
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from compresso import PruneConfig
 from compresso.adapters import add_lora, inside
@@ -28,9 +32,10 @@ from compresso.cost import MemoryPeak
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks
 from compresso.prepare import prepare, versions
-from compresso.prompts import find_prompt
+from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, similar_lengths
 from compresso.shape import describe
+from compresso.shrink import Shrinking
 from compresso.train import Pruning, fit
 from compresso.workbench import Workbench
 
@@ -83,9 +88,12 @@ def plain(bench: Workbench, folder: str) -> Block:
     return block
 
 
-def ours(bench: Workbench) -> Block:
-    """One block of pruning at its full rate: all gates sampled, the constraint acting."""
-    config = bench.config
+def ours(bench: Workbench, removed: float | None = None) -> Block:
+    """One block of pruning at its full rate: all gates sampled, the constraint acting.
+
+    With `removed`, this share of the prunable parameters is cut out after the second step.
+    """
+    config = bench.config if removed is None else replace(bench.config, target_sparsity=removed)
 
     def block(records: list[Record]) -> list[float]:
         steps = len(records) // config.batch_size
@@ -94,7 +102,9 @@ def ours(bench: Workbench) -> Block:
         model = inside(wrapped)
         masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
         gates = Gates(model, shape)
-        schedule = make_schedule(1000, 0.0, config.hold, config.target_sparsity, config.schedule)
+        hold = config.hold if removed is None else 0.999
+        schedule = make_schedule(1000, 0.0, hold, config.target_sparsity, config.schedule)
+        shrinking = None if removed is None else Shrinking(model, gates, masks, config.target_sparsity, 1)
         groups = similar_lengths(iter(records), config.batch_size, steps, config.seed)  # as `compresso prune` does
         rows = fit(
             bench.accelerator,
@@ -104,11 +114,14 @@ def ours(bench: Workbench) -> Block:
             learning_rate=config.learning_rate,
             clip=config.clip,
             seed=config.seed,
-            pruning=Pruning(masks, gates, Lagrangian(schedule, masks), 0.05),
+            pruning=Pruning(masks, gates, Lagrangian(schedule, masks), 0.05, shrinking),
         )
-        seconds = [float(row["seconds"]) for row in rows]
+        with patch("compresso.train.EVERY", 1), patch("compresso.shrink.RARELY_OPEN", 1.0):
+            seconds = [float(row["seconds"]) for row in rows]
         gates.remove()
         wrapped.unload()
+        if shrinking:
+            shrinking.restore()  # the shape; what was cut out stays lost
         return seconds
 
     return block
@@ -118,31 +131,39 @@ def alternate(blocks: dict[str, Block], bench: Workbench, steps: int, repeats: i
     """Seconds a step and peak memory of each, in turn; the first round warms up and is not counted."""
     records = [record for source in bench.sources for record in source.records]
     rng = random.Random(bench.config.seed)
-    seconds: dict[str, list[float]] = {name: [] for name in blocks}
-    memory: dict[str, list[int]] = {name: [] for name in blocks}
+    found: dict[str, dict[str, list]] = {name: {"seconds": [], "memory": [], "tokens": []} for name in blocks}
+    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
     for repeat in range(repeats + 1):
-        chosen = rng.sample(records, steps * bench.config.batch_size)
+        chosen = [rng.choice(records) for _ in range(steps * bench.config.batch_size)]
+        tokens = sum(len(bench.encoder.encode(record, bench.prompt).ids) for record in chosen) / steps
         for name in sorted(blocks, reverse=bool(repeat % 2)):
             peak = MemoryPeak(bench.accelerator.device)
             took = blocks[name](list(chosen))
             if repeat:
-                seconds[name].append(sum(took) / len(took))
-                memory[name].append(peak.added() or 0)
-            print(f"{bench.prompt.name:5} {name:5} {sum(took) / len(took):6.2f} s a step", flush=True)
-    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+                found[name]["seconds"].append(statistics.mean(took[-steps:]))
+                found[name]["memory"].append(weights + (peak.added() or 0))
+                found[name]["tokens"].append(tokens)
+            print(f"{bench.prompt.name:7} {name:6} {statistics.mean(took):6.2f} s a step", flush=True)
     return {
         name: {
-            "seconds_a_step": {"median": statistics.median(s), "min": min(s), "max": max(s)},
-            "peak_memory_bytes": weights + max(memory[name]),
-            "rounds": s,
+            "seconds_a_step": spread(rounds["seconds"]),
+            "steps_per_second": spread([1 / s for s in rounds["seconds"]]),
+            "tokens_per_second": spread([t / s for t, s in zip(rounds["tokens"], rounds["seconds"], strict=True)]),
+            "peak_memory_bytes": spread(rounds["memory"]),
+            "rounds": rounds,
         }
-        for name, s in seconds.items()
+        for name, rounds in found.items()
     }
 
 
-def ratios(measured: dict[str, dict]) -> dict[str, float]:
-    each = [b / a for a, b in zip(measured["plain"]["rounds"], measured["ours"]["rounds"], strict=True)]
-    return {"median": statistics.median(each), "min": min(each), "max": max(each)}
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(measured: dict[str, dict], what: str) -> dict[str, float]:
+    """Ours over plain, round by round."""
+    pairs = zip(measured["plain"]["rounds"][what], measured["ours"]["rounds"][what], strict=True)
+    return spread([b / a for a, b in pairs])
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
@@ -156,28 +177,114 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return 2 * 1536**3 / min(times)
 
 
+def share_of_rate(bench: Workbench, measured: dict, rate: float) -> float:
+    """Of the machine's matrix rate that our step reaches, by the products that it needs.
+
+    Those are in the decoder layers for every token (the shared prompt once), and in the head for every label (about
+    half of a record's tokens); forward and backward.
+    """
+    prompt = len(bench.tokenizer(bench.prompt.body)["input_ids"]) if bench.prompt.body else 0
+    rows = statistics.median(measured["rounds"]["tokens"]) - prompt * bench.config.batch_size
+    head = bench.model.config.vocab_size * bench.model.config.hidden_size
+    operations = 4 * (bench.prunable * (rows + prompt) + head * rows / 2)
+    return operations / (measured["seconds_a_step"]["median"] * rate)
+
+
+def prompt_of_length(bench: Workbench, tokens: int) -> CollaborativePrompt:
+    """A prompt of this many tokens, of the words of the long one."""
+    words = bench.tokenizer(find_prompt("long", "chat").body)["input_ids"] * 4
+    return CollaborativePrompt(
+        str(tokens), bench.tokenizer.decode(words[:tokens]) if tokens else "", bench.prompt.format
+    )
+
+
+def widened(bench: Workbench, width: int = 1, depth: int = 1, vocabulary: int = 1) -> Workbench:
+    """The same with a model of random weights, larger in one way."""
+    config = copy.deepcopy(bench.model.config)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, name, getattr(config, name) * width)
+    config.num_hidden_layers *= depth
+    config.vocab_size *= vocabulary
+    config.layer_types = None
+    model = AutoModelForCausalLM.from_config(config, dtype=bench.model.dtype)
+    return replace(bench, model=model, config=replace(bench.config, max_length=64, batch_size=4))
+
+
+def grow(bench: Workbench, folder: str) -> dict[str, list[dict]]:
+    """Both, with one thing larger at a time: a step that warms up, then one that counts."""
+    long = find_prompt("long", bench.prompt.format)
+    axes: dict[str, list[tuple[int, Callable[[], Workbench]]]] = {
+        "records a batch": [
+            (n, lambda n=n: replace(bench, prompt=long, config=replace(bench.config, batch_size=n)))
+            for n in (1, 2, 4, 8, 16, 32)
+        ],
+        "tokens of the prompt": [
+            (n, lambda n=n: replace(bench, prompt=prompt_of_length(bench, n))) for n in (0, 64, 128, 256, 512)
+        ],
+        "width": [(n, lambda n=n: widened(replace(bench, prompt=long), width=n)) for n in (1, 2, 4)],
+        "depth": [(n, lambda n=n: widened(replace(bench, prompt=long), depth=n)) for n in (1, 2, 4)],
+        "vocabulary": [(n, lambda n=n: widened(replace(bench, prompt=long), vocabulary=n)) for n in (1, 4)],
+    }
+    grown: dict[str, list[dict]] = {}
+    for axis, points in axes.items():
+        grown[axis] = []
+        for value, make in points:
+            larger = make()
+            found = alternate({"plain": plain(larger, folder), "ours": ours(larger)}, larger, 1, 1)
+            row: dict = {"value": value}
+            for name in ("plain", "ours"):
+                row[name] = {key: found[name][key]["median"] for key in ("seconds_a_step", "peak_memory_bytes")}
+            row["ratio_time"] = ratios(found, "seconds")["median"]
+            row["ratio_memory"] = ratios(found, "memory")["median"]
+            grown[axis].append(row)
+            print(axis, row, flush=True)
+    return grown
+
+
+def late(bench: Workbench) -> dict[str, dict]:
+    """A step of ours after a share of the parameters has been cut out, over one before; the model is spoilt by it."""
+    records = [record for source in bench.sources for record in source.records]
+    found = {}
+    for removed in (0.2, 0.5):
+        each = []
+        for seed in range(3):
+            chosen = random.Random(seed).sample(records, 6 * bench.config.batch_size)
+            whole, cut = (ours(bench, share)(list(chosen)) for share in (None, removed))
+            each.append(statistics.mean(cut[2:]) / statistics.mean(whole[2:]))
+            print(f"{removed} removed: {each[-1]:.3f} of the time", flush=True)
+        found[str(removed)] = spread(each)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     steps, repeats = (2, 2) if given.quick else (4, 5)
-    result: dict = {"steps_a_block": steps, "repeats": repeats}
+    result: dict = {"steps_a_block": steps, "repeats": repeats, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
-        config = PruneConfig(output=f"{folder}/run", validation_records=8)
-        bench = prepare(config)
+        bench = prepare(PruneConfig(output=f"{folder}/run", validation_records=8))
+        rate = matrix_rate(bench.model.dtype)
         for prompt in ("long", "none"):
             bench.prompt = find_prompt(prompt, bench.prompt.format)
-            blocks = {"plain": plain(bench, folder), "ours": ours(bench)}
-            result[prompt] = alternate(blocks, bench, steps, repeats)
-    result["ratio_time_prompt"] = ratios(result["long"])
-    result["ratio_time_no_prompt"] = ratios(result["none"])
-    memory = {name: result["long"][name]["peak_memory_bytes"] for name in ("plain", "ours")}
-    result["ratio_memory"] = memory["ours"] / memory["plain"]
-    result["matrix_products_per_second"] = matrix_rate(bench.model.dtype)
-    result["precision"] = str(bench.model.dtype)
-    result["versions"] = versions()
+            result[prompt] = alternate({"plain": plain(bench, folder), "ours": ours(bench)}, bench, steps, repeats)
+            rate = max(rate, matrix_rate(bench.model.dtype))
+            result[prompt]["ours"]["share_of_matrix_rate"] = share_of_rate(bench, result[prompt]["ours"], rate)
+        result["ratio_time_prompt"] = ratios(result["long"], "seconds")
+        result["ratio_time_no_prompt"] = ratios(result["none"], "seconds")
+        result["ratio_memory"] = ratios(result["long"], "memory")
+        result["ratio_memory_no_prompt"] = ratios(result["none"], "memory")
+        result["matrix_products_per_second"] = rate
+        result["precision"] = str(bench.model.dtype)
+        result["versions"] = versions()
+        if not given.quick:
+            result["growth"] = grow(bench, folder)
+            result["late_step_over_early"] = late(bench)
+        elif RESULT.exists():
+            kept = json.loads(RESULT.read_text())
+            result |= {key: kept[key] for key in ("growth", "late_step_over_early") if key in kept}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    for name in ("ratio_time_prompt", "ratio_time_no_prompt", "ratio_memory"):
+    for name in ("ratio_time_prompt", "ratio_time_no_prompt", "ratio_memory", "ratio_memory_no_prompt"):
         print(name, result[name])
 
 
