@@ -1,18 +1,21 @@
-"""Write the README's tables from committed results: benchmarks/results/demo.json and evaluation.json.
+"""Write the tables of README.md and docs/large-models.md from committed results in benchmarks/results/.
 
-python benchmarks/readme_results.py                                         # README.md from the results
+python benchmarks/readme_results.py                                         # the pages from the results
 python benchmarks/readme_results.py --run runs/demo --eval runs/demo/eval.json   # the results from a run first
 """
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from compresso import eval_table
 
 ROOT = Path(__file__).parent.parent
-DEMO, EVALUATION = (Path(__file__).parent / "results" / name for name in ("demo.json", "evaluation.json"))
+RESULTS = Path(__file__).parent / "results"
+DEMO, EVALUATION = RESULTS / "demo.json", RESULTS / "evaluation.json"
+PAGES = {"README.md": ("demo", "evaluation", "cost"), "docs/large-models.md": ("growth", "tricks")}
 STAGES = ("dense", "cut", "recovered")
 
 
@@ -57,24 +60,110 @@ def demo_table(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", conditions])
 
 
+def spread(values: dict[str, float], digits: int = 2, unit: float = 1) -> str:
+    return "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(*(values[k] / unit for k in ("median", "min", "max")), d=digits)
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    """A step of ours against one of plain LoRA fine-tuning."""
+    lines = ["| | LoRA fine-tuning | pruning | ratio |", "|---|---|---|---|"]
+    for prompt, name in (("long", "with the default prompt"), ("none", "without a prompt")):
+        plain, ours = found[prompt]["plain"], found[prompt]["ours"]
+        ratio, memory = (
+            found["ratio_time_prompt" if prompt == "long" else "ratio_time_no_prompt"],
+            found["ratio_memory" if prompt == "long" else "ratio_memory_no_prompt"],
+        )
+        rows = [
+            ("seconds a step", "seconds_a_step", 2, 1.0, spread(ratio)),
+            ("tokens/s, the prompt counted for each record", "tokens_per_second", 0, 1.0, ""),
+            ("peak memory, GB", "peak_memory_bytes", 2, 1e9, spread(memory)),
+        ]
+        for what, key, digits, unit, last in rows:
+            cells = " | ".join(spread(side[key], digits, unit) for side in (plain, ours))
+            lines.append(f"| {what}, {name} | {cells} | {last} |")
+    late = found["late_step_over_early"]
+    rates = [found[prompt]["ours"]["share_of_matrix_rate"] for prompt in ("long", "none")]
+    versions = found["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Median (smallest to largest) of {found['repeats']} rounds of {found['steps_a_block']} steps in which both take turns "
+            f"on the same records; {found['precision'].removeprefix('torch.')}, {found['threads']} threads, torch "
+            f"{versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}. Of the machine's measured "
+            f"rate of matrix products ({found['matrix_products_per_second'] / 1e9:,.0f} GFLOP/s) our step reaches "
+            f"{100 * rates[0]:.0f} % with the prompt and {100 * rates[1]:.0f} % without. Once 20 % of the parameters have been "
+            f"cut out, a step takes {spread(late['0.2'])} of the time of a full one; after 50 %, {spread(late['0.5'])}.",
+        ]
+    )
+
+
+def growth_table(found: dict[str, Any]) -> str:
+    """Seconds and memory with one thing larger at a time."""
+    lines = [
+        "| | | seconds a step, LoRA | pruning | ratio | peak GB, LoRA | pruning | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for axis, rows in found["growth"].items():
+        for row in rows:
+            seconds, memory = (
+                [row[side][key] for side in ("plain", "ours")] for key in ("seconds_a_step", "peak_memory_bytes")
+            )
+            lines.append(
+                f"| {axis} | {row['value']} | {seconds[0]:.2f} | {seconds[1]:.2f} | {row['ratio_time']:.2f} "
+                f"| {memory[0] / 1e9:.2f} | {memory[1] / 1e9:.2f} | {row['ratio_memory']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def tricks_table(found: dict[str, Any]) -> str:
+    """Quality and time with and without each of the things that make a step cheap."""
+    lines = [
+        "| | loss on held-out records | perplexity | seconds of training |",
+        "|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(cell["variant"] for cell in found["cells"]):
+        cells = [cell for cell in found["cells"] if cell["variant"] == variant]
+        loss, ppl, seconds = ([cell[key] for cell in cells] for key in ("loss", "perplexity", "seconds"))
+        shown = [
+            f"{statistics.mean(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+            for values, digits in ((loss, 2), (ppl, 1), (seconds, 0))
+        ]
+        lines.append(f"| {variant} | {' | '.join(shown)} |")
+    settings = found["settings"]
+    seeds = len({cell["seed"] for cell in found["cells"]})
+    lines += [
+        "",
+        f"Mean (smallest to largest) of {seeds} seeds, right after cutting {100 * settings['target_sparsity']:.0f} %; "
+        f"{settings['steps']} steps of {settings['batch_size']} records of at most {settings['max_length']} tokens, "
+        f"{found['threads']} thread, torch {found['versions']['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
 def sections() -> dict[str, str]:
-    """The generated parts of the README, by name."""
+    """The generated parts of the pages, by name."""
+    cost = json.loads((RESULTS / "cost.json").read_text())
     return {
         "demo": demo_table(json.loads(DEMO.read_text())),
         "evaluation": eval_table.markdown(json.loads(EVALUATION.read_text())),
+        "cost": cost_table(cost),
+        "growth": growth_table(cost),
+        "tricks": tricks_table(json.loads((RESULTS / "tricks.json").read_text())),
     }
 
 
-def filled(readme: str) -> str:
-    """The README with its generated parts replaced. Raises ValueError if a mark is missing."""
-    for name, text in sections().items():
-        begin, end = f"<!-- {name}: written by benchmarks/readme_results.py -->", f"<!-- /{name} -->"
-        head, found, rest = readme.partition(begin)
+def filled(name: str) -> str:
+    """A page with its generated parts replaced. Raises ValueError if a mark is missing."""
+    page, texts = (ROOT / name).read_text(), sections()
+    for part in PAGES[name]:
+        begin, end = f"<!-- {part}: written by benchmarks/readme_results.py -->", f"<!-- /{part} -->"
+        head, found, rest = page.partition(begin)
         _, closed, tail = rest.partition(end)
         if not found or not closed:
-            raise ValueError(f"README.md has no {begin} ... {end}")
-        readme = f"{head}{begin}\n\n{text}\n\n{end}{tail}"
-    return readme
+            raise ValueError(f"{name} has no {begin} ... {end}")
+        page = f"{head}{begin}\n\n{texts[part]}\n\n{end}{tail}"
+    return page
 
 
 def without_scores(found: dict[str, Any]) -> dict[str, Any]:
@@ -99,8 +188,8 @@ def main() -> None:
         DEMO.write_text((given.run / "summary.json").read_text())
     if given.eval:
         EVALUATION.write_text(json.dumps(without_scores(json.loads(given.eval.read_text())), indent=1) + "\n")
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for name in PAGES:
+        (ROOT / name).write_text(filled(name))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""The README's tables are those of the committed results; the paper's tables come out of evaluations."""
+"""The tables of pages are those of the committed results; the paper's tables come out of evaluations."""
 
 import json
 from pathlib import Path
 
 import paper_tables
+import pytest
 import readme_results
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
-def test_the_readmes_tables_are_those_of_the_committed_results():
-    assert readme_results.filled(README.read_text()) == README.read_text()
+@pytest.mark.parametrize("page", readme_results.PAGES)
+def test_the_tables_of_pages_are_those_of_the_committed_results(page):
+    assert readme_results.filled(page) == (ROOT / page).read_text()
 
 
 def evaluation(name, stage, prompt, value, trained="long", data="alpaca"):

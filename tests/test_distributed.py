@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 
 import compresso
+from compresso.cli import main
+from compresso.prepare import in_parts
 
 SETTINGS = {"steps": 6, "recover_steps": 3, "max_length": 48, "prompt": "short", "device": "cpu", "precision": "fp32"}
 
@@ -116,3 +120,21 @@ def test_a_process_that_dies_stops_the_other_and_leaves_what_was_whole(checkpoin
     assert "compresso: another process of this launch does not answer" in said or "compresso: terminated" in said
     assert (run / "stopped" / "log_alpha.safetensors").exists(), said
     assert load_file(run / "stopped" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "split"),
+    [("MULTI_GPU", None, False), ("FSDP", None, True), ("DEEPSPEED", 2, False), ("DEEPSPEED", 3, True)],
+)
+def test_a_launch_that_asks_for_split_weights_is_understood(kind, stage, split):
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], deepspeed_plugin=plugin)
+    assert in_parts(compresso.PruneConfig(), accelerator) == split
+    assert in_parts(compresso.PruneConfig(sharded=True), accelerator)
+
+
+def test_splitting_in_one_process_is_refused(checkpoint, data, tmp_path, capsys):
+    words = ["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "run"), "--sharded"]
+    assert main(["prune", *words]) == 2
+    assert "launch with torchrun or accelerate" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

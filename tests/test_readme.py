@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from compresso.cli import COMMANDS, main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 QUICK = [
     "--steps",
     "4",
@@ -45,6 +46,7 @@ def test_commands(place, checkpoint, data, local, monkeypatch, capsys):
         message = re.search(r'--message "(.*)"', line)
         words = re.sub(r' --message ".*"', "", line).split()[1:]
         words = [{"1000": "2", "200": "1", "100": "2", "50": "3"}.get(word, word) for word in words]
+        words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
         for flag, value in (("--model", checkpoint), ("--data", data)):
             if flag in words:
                 words[words.index(flag) + 1] = str(value)
@@ -74,14 +76,13 @@ def test_python(place, checkpoint, data, monkeypatch, capsys):
 
 
 def test_every_file_that_is_linked_exists():
-    root = Path(__file__).parent.parent
-    for page in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_examples(checkpoint, tmp_path, capsys):
-    example = Path(__file__).parent.parent / "examples" / "hand_made_plan.py"
+    example = ROOT / "examples" / "hand_made_plan.py"
     runpy.run_path(str(example))["main"](str(checkpoint), str(tmp_path))
     assert "% of the prunable parameters removed" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 2

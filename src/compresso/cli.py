@@ -278,8 +278,14 @@ def _estimate(args: list[str]) -> None:
     from compresso.workbench import console, status
 
     with status("running a step on shapes"):
-        found = estimate(config, gpus)
+        found = estimate(config, gpus, cpu=config.device == "cpu" or (gpu_memory is None and _no_gpu(config)))
     show(found, gpus, gpu_memory, teraflops, console)
+
+
+def _no_gpu(config: PruneConfig) -> bool:
+    import torch
+
+    return config.device == "auto" and not torch.cuda.is_available()
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -33,6 +33,7 @@ from compresso.train import recomputed, target_loss
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
+GAPS = 0.34  # of a step's memory on a CPU: measured for two shapes, checked on a third (LOG.md, 2026-11-25)
 BITS = 4.127  # of an NF4 number with its scales (QLoRA, arXiv 2305.14314, section 3)
 
 
@@ -59,8 +60,8 @@ class Estimate:
         return max(sum(self.training.values()), sum(self.checking.values()))
 
 
-def estimate(config: PruneConfig, processes: int = 1) -> Estimate:
-    """What `compresso prune` with these settings needs.
+def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Estimate:
+    """What `compresso prune` with these settings needs; on a CPU, with what its allocator keeps between blocks.
 
     Raises as `checkpoint.find` if there is no such model, and ValueError if one process is to hold a part of it.
     """
@@ -73,6 +74,8 @@ def estimate(config: PruneConfig, processes: int = 1) -> Estimate:
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
     part = training_memory(architecture, dtype, config, prompt_tokens)
     adapters = part.pop("adapter parameters")
+    if cpu:
+        part["gaps between blocks"] = gaps(part)
     steps = config.steps + config.recover_steps
     shared = prompt_tokens * (1 if _shares(config, prompt_tokens) else _rows(config))
     tokens = steps * processes * (config.batch_size * config.max_length + config.accumulation * shared)
@@ -90,6 +93,11 @@ def estimate(config: PruneConfig, processes: int = 1) -> Estimate:
         tokens,
         (6.0 if config.gradient_checkpointing else 4.0) * parameters * tokens,
     )
+
+
+def gaps(parts: dict[str, int]) -> int:
+    """Bytes that glibc keeps between blocks of a step's tensors (not of weights, which come and go once)."""
+    return round(GAPS * sum(parts.values()))
 
 
 def _weights(

@@ -30,7 +30,7 @@ from compresso.self_data import write_records
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import count_parameters, folder_of
 from compresso.streams import Stream, open_streams, take_held_out
-from compresso.workbench import Workbench, compute_dtype, console, give_back_large_blocks, progress_bar, status
+from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
 
 PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")  # of accelerate
@@ -48,8 +48,6 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     prompt = find_prompt(config.prompt, config.prompt_format)
     accelerator = _accelerator(config)
     set_seed(config.seed)
-    if accelerator.device.type == "cpu":
-        give_back_large_blocks()
     dtype = compute_dtype(config.precision, accelerator.device)
     place = None
     with status(f"loading {start or config.model}"):

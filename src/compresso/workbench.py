@@ -33,7 +33,6 @@ from compresso.train import Disconnected, Diverged
 
 console = Console()
 RELEASE_EVERY = 8  # steps
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 200_000  # a name of malloc.h, and bytes
 POOL = 16  # batches that are sorted by length together
 STOPPED = "stopped"  # folder in a run: adapters and gates of a run that did not finish
 
@@ -162,15 +161,6 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def give_back_large_blocks() -> None:
-    """Have glibc return large blocks to the system when they are freed, instead of keeping gaps between others.
-
-    A fifth of the memory of training on a CPU were such gaps; the time is the same (LOG.md, 2026-11-25).
-    """
-    with suppress(OSError, AttributeError):  # other C libraries have no mallopt
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def status(text: str) -> AbstractContextManager:
