@@ -277,13 +277,14 @@ def main() -> None:
         result["matrix_products_per_second"] = rate
         result["precision"] = str(bench.model.dtype)
         result["versions"] = versions()
+        kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        result |= {key: kept[key] for key in ("growth", "late_step_over_early") if key in kept}
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
         if not given.quick:
             result["growth"] = grow(bench, folder)
+            RESULT.write_text(json.dumps(result, indent=2) + "\n")
             result["late_step_over_early"] = late(bench)
-        elif RESULT.exists():
-            kept = json.loads(RESULT.read_text())
-            result |= {key: kept[key] for key in ("growth", "late_step_over_early") if key in kept}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+            RESULT.write_text(json.dumps(result, indent=2) + "\n")
     for name in ("ratio_time_prompt", "ratio_time_no_prompt", "ratio_memory", "ratio_memory_no_prompt"):
         print(name, result[name])
 

@@ -81,21 +81,17 @@ def cost_table(found: dict[str, Any]) -> str:
         for what, key, digits, unit, last in rows:
             cells = " | ".join(spread(side[key], digits, unit) for side in (plain, ours))
             lines.append(f"| {what}, {name} | {cells} | {last} |")
-    late = found["late_step_over_early"]
-    rates = [found[prompt]["ours"]["share_of_matrix_rate"] for prompt in ("long", "none")]
-    versions = found["versions"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Median (smallest to largest) of {found['repeats']} rounds of {found['steps_a_block']} steps in which both take turns "
-            f"on the same records; {found['precision'].removeprefix('torch.')}, {found['threads']} threads, torch "
-            f"{versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}. Of the machine's measured "
-            f"rate of matrix products ({found['matrix_products_per_second'] / 1e9:,.0f} GFLOP/s) our step reaches "
-            f"{100 * rates[0]:.0f} % with the prompt and {100 * rates[1]:.0f} % without. Once 20 % of the parameters have been "
-            f"cut out, a step takes {spread(late['0.2'])} of the time of a full one; after 50 %, {spread(late['0.5'])}.",
-        ]
+    late, versions = found["late_step_over_early"], found["versions"]
+    rates = [100 * found[prompt]["ours"]["share_of_matrix_rate"] for prompt in ("long", "none")]
+    text = (
+        f"Median (smallest to largest) of {found['repeats']} rounds of {found['steps_a_block']} steps in which both take "
+        f"turns on the same records; {found['precision'].removeprefix('torch.')}, {found['threads']} threads, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}. Of the machine's "
+        f"measured rate of matrix products ({found['matrix_products_per_second'] / 1e9:,.0f} GFLOP/s) our step reaches "
+        f"{rates[0]:.0f} % with the prompt and {rates[1]:.0f} % without. Once 20 % of the parameters have been cut out, a "
+        f"step takes {spread(late['0.2'])} of the time of a full one; after 50 %, {spread(late['0.5'])}."
     )
+    return "\n".join([*lines, "", text])
 
 
 def growth_table(found: dict[str, Any]) -> str:
