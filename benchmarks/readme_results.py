@@ -84,12 +84,13 @@ def cost_table(found: dict[str, Any]) -> str:
     late, versions = found["late_step_over_early"], found["versions"]
     rates = [100 * found[prompt]["ours"]["share_of_matrix_rate"] for prompt in ("long", "none")]
     text = (
-        f"Median (smallest to largest) of {found['repeats']} rounds of {found['steps_a_block']} steps in which both take "
-        f"turns on the same records; {found['precision'].removeprefix('torch.')}, {found['threads']} threads, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}. Of the machine's "
-        f"measured rate of matrix products ({found['matrix_products_per_second'] / 1e9:,.0f} GFLOP/s) our step reaches "
-        f"{rates[0]:.0f} % with the prompt and {rates[1]:.0f} % without. Once 20 % of the parameters have been cut out, a "
-        f"step takes {spread(late['0.2'])} of the time of a full one; after 50 %, {spread(late['0.5'])}."
+        f"Median (smallest to largest) of {found['repeats']} rounds of {found['steps_a_block']} steps in which both "
+        f"take turns on the same records; {found['precision'].removeprefix('torch.')}, {found['threads']} threads, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}. Of the "
+        f"machine's measured rate of matrix products ({found['matrix_products_per_second'] / 1e9:,.0f} GFLOP/s) our "
+        f"step reaches {rates[0]:.0f} % with the prompt and {rates[1]:.0f} % without. Once 20 % of the parameters "
+        f"have been cut out, a step takes {spread(late['0.2'])} of the time of a full one; after 50 %, "
+        f"{spread(late['0.5'])}."
     )
     return "\n".join([*lines, "", text])
 

@@ -1,9 +1,9 @@
 """The model shrinks while it learns: groups and channels that are closed for good are cut out of it during the run.
 
-In the hold phase a unit goes when the plan of the moment would remove it and its gate is hardly ever open. Matrices,
-adapters and the optimizer's moments lose its rows and columns, so that the steps that follow cost what the smaller
-model costs. A unit that is cut stays closed: its log_alpha is pinned, the expected sparsity counts it as gone, and any
-later plan removes it first.
+In the hold phase a unit goes when its gate is hardly ever open and it is among those of lowest log_alpha that together
+are no more than the target, which any plan removes first. Matrices, adapters and the optimizer's moments lose its rows
+and columns, so that the steps that follow cost what the smaller model costs. A unit that is cut stays closed: its
+log_alpha is pinned, and the expected sparsity counts it as gone.
 """
 
 from typing import Any
@@ -17,11 +17,10 @@ from compresso import hard_concrete
 from compresso.adapters import ADAPTER
 from compresso.families import family_of
 from compresso.masks import Gates, Masks
-from compresso.plan import select
-from compresso.shape import ModelShape, rows_of
+from compresso.shape import ModelShape, rows_of, sparsity
 
 EVERY = 5  # steps of the hold phase between two cuts
-RARELY_OPEN = 0.1  # P(gate > 0) below which a unit that the plan removes is cut; LOG.md, 2026-11-25
+RARELY_OPEN = 0.1  # P(gate > 0) below which a unit may be cut; LOG.md, 2026-11-25
 UNITS = ("kv_group", "intermediate")
 
 
@@ -39,25 +38,49 @@ class Shrinking:
     @torch.no_grad()
     def cut(self, optimizer: Optimizer) -> int:
         """Take out what is closed for good; the number of units that went."""
-        log_alpha = {unit: a.detach() for unit, a in self._masks.log_alpha.items()}
-        plan = select(self.shape, log_alpha, self._target, self._round_to)
         went = 0
-        for unit in UNITS:
-            if unit not in log_alpha:
-                continue
-            closed = (plan.gates[unit] == 0) & (hard_concrete.prob_open(log_alpha[unit]).cpu() < RARELY_OPEN)
+        for unit, closed in self._closed().items():
             for i, gone in enumerate(closed.split(self.shape.sizes(unit))):
                 stays = ~gone[self._kept[unit][i]]
-                if stays.all() or not stays.any():  # stock attention needs a group, and a plan keeps one anyway
-                    continue
-                went += int((~stays).sum())
-                self._narrow(unit, i, stays.nonzero().squeeze(1), optimizer)
-                self._kept[unit][i] = self._kept[unit][i][stays]
-            sizes = self.shape.sizes(unit)
-            absent = [_absent(kept, size) for kept, size in zip(self._kept[unit], sizes, strict=True)]
-            self._masks.pin_closed(unit, torch.cat(absent))
+                if not stays.all():
+                    went += int((~stays).sum())
+                    self._narrow(unit, i, stays.nonzero().squeeze(1), optimizer)
+                    self._kept[unit][i] = self._kept[unit][i][stays]
+            self._masks.pin_closed(unit, closed)
         self._gates.kept = self._kept
         return went
+
+    def _closed(self) -> dict[str, Tensor]:
+        """What has been cut or may be now: a boolean for each unit."""
+        log_alpha = {u: self._masks.log_alpha[u].detach().cpu() for u in UNITS if u in self._masks.log_alpha}
+        rare = torch.cat([a[hard_concrete.prob_open(a) < RARELY_OPEN] for a in log_alpha.values()]).unique()
+
+        def below(count: int) -> dict[str, Tensor]:
+            bound = rare[count - 1] if count else -torch.inf
+            return {unit: self._spared(unit, a, a <= bound) for unit, a in log_alpha.items()}
+
+        least, most = 0, len(rare)
+        while least < most:  # as many of the lowest as the target has room for
+            middle = (least + most + 1) // 2
+            gone = float(sparsity(self.shape, {unit: (~c).double() for unit, c in below(middle).items()}))
+            least, most = (middle, most) if gone <= self._target else (least, middle - 1)
+        return below(least)
+
+    def _spared(self, unit: str, log_alpha: Tensor, closed: Tensor) -> Tensor:
+        """`closed` without those that a plan keeps: the best of each layer, and what would break up a multiple."""
+        grain = self._round_to if unit == "intermediate" else 1
+        kept = []
+        for values, gone in zip(
+            log_alpha.split(self.shape.sizes(unit)), closed.split(self.shape.sizes(unit)), strict=True
+        ):
+            rest = len(values) % grain  # these go in any case
+            count = min(int(gone.sum()), len(values) - grain)
+            if count > rest:
+                count -= (count - rest) % grain
+            part = torch.zeros_like(gone)
+            part[values.argsort(stable=True, descending=True)[len(values) - count :]] = True
+            kept.append(part)
+        return torch.cat(kept)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -91,6 +114,7 @@ class Shrinking:
                     if old.requires_grad:
                         _exchange(optimizer, old, new, dim, places.to(old.device))
                 part.out_features, part.in_features = part.weight.shape
+            module.out_features, module.in_features = matrix.weight.shape
 
     def _matrices(self, unit: str, layer: int) -> list[tuple[Any, int, int]]:
         """Linear modules that hold a unit's numbers: along which dimension, and how many each unit has there."""
@@ -117,8 +141,3 @@ def _exchange(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, dim: i
     optimizer.state[new] = {
         key: value.index_select(dim, places) if value.shape == old.shape else value for key, value in state.items()
     }
-
-
-def _absent(kept: Tensor, size: int) -> Tensor:
-    """Which of `size` units are not in `kept`: a boolean (size,)."""
-    return ~torch.isin(torch.arange(size), kept)
