@@ -219,7 +219,7 @@ def grow(bench: Workbench, folder: str) -> dict[str, list[dict]]:
             for n in (1, 2, 4, 8, 16, 32)
         ],
         "tokens of the prompt": [
-            (n, lambda n=n: replace(bench, prompt=prompt_of_length(bench, n))) for n in (0, 64, 128, 256, 512)
+            (n, lambda n=n: replace(bench, prompt=prompt_of_length(bench, n))) for n in (0, 128, 256, 512)
         ],
         "width": [(n, lambda n=n: widened(replace(bench, prompt=long), width=n)) for n in (1, 2, 4)],
         "depth": [(n, lambda n=n: widened(replace(bench, prompt=long), depth=n)) for n in (1, 2, 4)],

@@ -20,6 +20,7 @@ from compresso.adapters import add_lora, inside
 from compresso.batches import Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.cost import MemoryPeak
+from compresso.cpu_attention import products
 from compresso.estimate import gaps, training_memory
 from compresso.masks import Gates
 from compresso.prepare import versions
@@ -75,14 +76,15 @@ def measure(architecture: LlamaConfig) -> dict[str, int]:
     optimizer = torch.optim.AdamW(trained)
     for _ in range(STEPS):
         gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.units})
-        (target_loss(model, batch) / batch.targets).backward()
+        with products(model, cpu=True):
+            (target_loss(model, batch) / batch.targets).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {"parameters": sum(p.numel() for p in model.parameters()), "measured": weights + (memory.added() or 0)}
 
 
 def predict(architecture: LlamaConfig, parameters: int) -> int:
-    parts = training_memory(architecture, torch.bfloat16, CONFIG, PROMPT)
+    parts = training_memory(architecture, torch.bfloat16, CONFIG, PROMPT, cpu=True)
     whole = 2 * (parameters - parts.pop("adapter parameters"))
     return whole + sum(parts.values()) + gaps(parts)
 

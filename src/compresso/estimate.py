@@ -24,6 +24,7 @@ from compresso import checkpoint
 from compresso.adapters import add_lora, inside
 from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
 from compresso.config import PruneConfig
+from compresso.cpu_attention import products
 from compresso.families import family_of
 from compresso.masks import Gates
 from compresso.prompts import find_prompt
@@ -72,7 +73,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     whole = shapes_of(architecture, dtype)
     shape = describe(whole)
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
-    part = training_memory(architecture, dtype, config, prompt_tokens)
+    part = training_memory(architecture, dtype, config, prompt_tokens, cpu)
     adapters = part.pop("adapter parameters")
     if cpu:
         part["gaps between blocks"] = gaps(part)
@@ -178,10 +179,10 @@ def _look(config: PruneConfig) -> tuple[PreTrainedConfig, int]:
 
 
 def training_memory(
-    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int
+    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int, cpu: bool = False
 ) -> dict[str, int]:
     """`step_memory` of the whole model, from that of two and of three of its layers."""
-    few, more = (step_memory(_with_layers(architecture, n), dtype, config, prompt_tokens) for n in (2, 3))
+    few, more = (step_memory(_with_layers(architecture, n), dtype, config, prompt_tokens, cpu) for n in (2, 3))
     return {name: few[name] + (architecture.num_hidden_layers - 2) * (more[name] - few[name]) for name in few}
 
 
@@ -205,7 +206,7 @@ def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfi
 
 
 def step_memory(
-    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int
+    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int, cpu: bool = False
 ) -> dict[str, int]:
     """Bytes that one training step of this model takes beyond its weights, by part; every record at its full length."""
     with torch.device("meta"):
@@ -224,7 +225,7 @@ def step_memory(
         reached: list[int] = []
         head = model.get_submodule(family_of(architecture.model_type).head)
         head.register_forward_pre_hook(lambda *_: reached.append(live.now))
-        with live, recomputed(model) if config.gradient_checkpointing else nullcontext():
+        with live, products(model, cpu), recomputed(model) if config.gradient_checkpointing else nullcontext():
             gates.set({unit: _gate(shape, unit) for unit in config.units})
             target_loss(model, batch).backward()
     activations = reached[0]

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compresso.batches import Batch
+from compresso.cpu_attention import products
 from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
@@ -158,7 +159,7 @@ def fit(
             pruning.gates.set(pruning.masks.sample(noise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
-        with recomputed(model) if recompute else nullcontext():
+        with products(model, accelerator.device.type == "cpu"), recomputed(model) if recompute else nullcontext():
             total, tokens = _backward(accelerator, model, next_batches(sparsity), gating)
         trainable = optimizer.param_groups[0]["params"]  # others than at the start, once the model has shrunk
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
