@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import compresso
 from compresso.cli import main
 from compresso.prepare import in_parts
+from tiny import tiny_model
 
 SETTINGS = {"steps": 6, "recover_steps": 3, "max_length": 48, "prompt": "short", "device": "cpu", "precision": "fp32"}
 
@@ -73,11 +74,15 @@ def test_two_processes_equal_one_with_the_same_global_batch(checkpoint, data, tm
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"shrink": False}, {"shrink": False, "gradient_checkpointing": True, "prompt": "none", "accumulation": 2}],
-    ids=["prompt", "recomputed"],
+    ("model_type", "settings"),
+    [("llama", {}), ("qwen3", {"gradient_checkpointing": True, "prompt": "none", "accumulation": 2})],
+    ids=["prompt", "tied and recomputed"],
 )
-def test_weights_split_over_two_processes_give_what_one_process_gives(checkpoint, data, tmp_path, settings):
+def test_weights_split_over_two_processes_give_what_one_process_gives(data, tokenizer, tmp_path, model_type, settings):
+    checkpoint = tmp_path / "dense"
+    tiny_model(model_type, max_position_embeddings=512).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    settings = {"shrink": False, **settings}
     started = launch(checkpoint, data, tmp_path / "two", batch_size=3, sharded=True, **settings)
     together = {**SETTINGS, **settings}
     one = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "one"), batch_size=6, **together)

@@ -104,7 +104,7 @@ def test_what_is_cut_is_never_more_than_a_plan_removes(target, round_to, monkeyp
         if round_to == 1:
             assert 1 - count_prunable(model) / count_prunable(
                 tiny_model("llama", num_key_value_heads=4, intermediate_size=84)
-            ) == pytest.approx(target, abs=0.03)
+            ) == pytest.approx(target, abs=0.08)
 
 
 def test_a_run_that_shrinks_checks_and_reloads_like_any_other(checkpoint, data, tmp_path, monkeypatch):

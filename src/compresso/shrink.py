@@ -21,6 +21,7 @@ from compresso.shape import ModelShape, rows_of, sparsity
 
 EVERY = 5  # steps of the hold phase between two cuts
 RARELY_OPEN = 0.1  # P(gate > 0) below which a unit may be cut; LOG.md, 2026-11-25
+FEW_WIDTHS = 12  # widths of a layer's FFN are rounded up to about this many values; LOG.md, 2026-11-25
 UNITS = ("kv_group", "intermediate")
 
 
@@ -77,6 +78,10 @@ class Shrinking:
             count = min(int(gone.sum()), len(values) - grain)
             if count > rest:
                 count -= (count - rest) % grain
+            if unit == "intermediate":  # each width on its own costs a CPU the making of kernels for it
+                step = -(-max(1, len(values) // FEW_WIDTHS) // grain) * grain
+                stays = -(-(len(values) - count) // step) * step
+                count = max(0, len(values) - stays)
             part = torch.zeros_like(gone)
             part[values.argsort(stable=True, descending=True)[len(values) - count :]] = True
             kept.append(part)
