@@ -27,6 +27,7 @@ def load(place: Path, dtype: torch.dtype, accelerator: Accelerator) -> tuple[Pre
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # which empty weights are not
     stored = read_weights(place, model)
     family = family_of(config.model_type)
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
@@ -37,7 +38,7 @@ def load(place: Path, dtype: torch.dtype, accelerator: Accelerator) -> tuple[Pre
         _fill(layer, f"{family.layers}.{i}.", stored, dtype, device)
         fully_shard(layer.to(device), mesh=mesh)
     _fill(model, "", stored, dtype, device)
-    model.tie_weights()
+    model.tie_weights()  # to what has been read
     for name, buffer in list(model.named_buffers()):
         owner, _, own = name.rpartition(".")
         model.get_submodule(owner)._buffers[own] = buffer.to(device)
