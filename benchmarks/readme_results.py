@@ -7,6 +7,7 @@ python benchmarks/readme_results.py --run runs/demo --eval runs/demo/eval.json  
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from compresso import eval_table
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 DEMO, EVALUATION = RESULTS / "demo.json", RESULTS / "evaluation.json"
-PAGES = {"README.md": ("demo", "evaluation", "cost"), "docs/large-models.md": ("growth", "tricks")}
+PAGES = {"README.md": ("demo", "evaluation", "cost"), "docs/large-models.md": ("processes", "growth", "tricks")}
 STAGES = ("dense", "cut", "recovered")
 
 
@@ -81,17 +82,21 @@ def cost_table(found: dict[str, Any]) -> str:
         for what, key, digits, unit, last in rows:
             cells = " | ".join(spread(side[key], digits, unit) for side in (plain, ours))
             lines.append(f"| {what}, {name} | {cells} | {last} |")
-    late, versions = found["late_step_over_early"], found["versions"]
+    versions = found["versions"]
     rates = [100 * found[prompt]["ours"]["share_of_matrix_rate"] for prompt in ("long", "none")]
     text = (
         f"Median (smallest to largest) of {found['repeats']} rounds of {found['steps_a_block']} steps in which both "
         f"take turns on the same records; {found['precision'].removeprefix('torch.')}, {found['threads']} threads, "
         f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}. Of the "
         f"machine's measured rate of matrix products ({found['matrix_products_per_second'] / 1e9:,.0f} GFLOP/s) our "
-        f"step reaches {rates[0]:.0f} % with the prompt and {rates[1]:.0f} % without. Once 20 % of the parameters "
-        f"have been cut out, a step takes {spread(late['0.2'])} of the time of a full one; after 50 %, "
-        f"{spread(late['0.5'])}."
+        f"step reaches {rates[0]:.0f} % with the prompt and {rates[1]:.0f} % without."
     )
+    if "late_step_over_early" in found:
+        late = found["late_step_over_early"]
+        text += (
+            f" Once 20 % of the parameters have been cut out, a step takes {spread(late['0.2'])} of the time of a full "
+            f"one; after 50 %, {spread(late['0.5'])}."
+        )
     return "\n".join([*lines, "", text])
 
 
@@ -113,18 +118,39 @@ def growth_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def tricks_table(found: dict[str, Any]) -> str:
-    """Quality and time with and without each of the things that make a step cheap."""
+def processes_table(found: dict[str, Any]) -> str:
+    """Two processes against one."""
+    first = next(iter(found["runs"]))
     lines = [
-        "| | loss on held-out records | perplexity | seconds of training |",
-        "|---|---|---|---|",
+        "| | seconds a step | tokens/s | peak memory of the first, GB | difference of a loss | plans differ in |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in found["runs"].items():
+        cells = [spread(row["seconds_a_step"]), f"{row['tokens_per_second']:,.0f}"]
+        cells.append(f"{row['peak_memory_bytes_of_the_first'] / 1e9:.2f}")
+        if name == first:
+            cells += ["", ""]
+        else:
+            steps = row["differences_of_the_loss"]
+            cells.append(f"{steps[0]:.0e} at the first step, {max(steps):.0e} at most")
+            cells.append(f"{100 * row['units_on_which_plans_differ']:.2f} % of the units")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"{found['steps']} steps of {found['global_batch']} records, torch {found['versions']['torch']}."]
+    return "\n".join(lines)
+
+
+def tricks_table(found: dict[str, Any]) -> str:
+    """Quality with and without each of the things that make a step cheap."""
+    lines = [
+        "| | loss on held-out records | perplexity |",
+        "|---|---|---|",
     ]
     for variant in dict.fromkeys(cell["variant"] for cell in found["cells"]):
         cells = [cell for cell in found["cells"] if cell["variant"] == variant]
-        loss, ppl, seconds = ([cell[key] for cell in cells] for key in ("loss", "perplexity", "seconds"))
+        loss, ppl = ([cell[key] for cell in cells] for key in ("loss", "perplexity"))
         shown = [
             f"{statistics.mean(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
-            for values, digits in ((loss, 2), (ppl, 1), (seconds, 0))
+            for values, digits in ((loss, 2), (ppl, 1))
         ]
         lines.append(f"| {variant} | {' | '.join(shown)} |")
     settings = found["settings"]
@@ -133,21 +159,26 @@ def tricks_table(found: dict[str, Any]) -> str:
         "",
         f"Mean (smallest to largest) of {seeds} seeds, right after cutting {100 * settings['target_sparsity']:.0f} %; "
         f"{settings['steps']} steps of {settings['batch_size']} records of at most {settings['max_length']} tokens, "
-        f"{found['threads']} thread, torch {found['versions']['torch']}.",
+        f"torch {found['versions']['torch']}.",
     ]
     return "\n".join(lines)
 
 
 def sections() -> dict[str, str]:
     """The generated parts of the pages, by name."""
-    cost = json.loads((RESULTS / "cost.json").read_text())
-    return {
-        "demo": demo_table(json.loads(DEMO.read_text())),
-        "evaluation": eval_table.markdown(json.loads(EVALUATION.read_text())),
-        "cost": cost_table(cost),
-        "growth": growth_table(cost),
-        "tricks": tricks_table(json.loads((RESULTS / "tricks.json").read_text())),
+    tables: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        "demo": ("demo", demo_table),
+        "evaluation": ("evaluation", eval_table.markdown),
+        "cost": ("cost", cost_table),
+        "growth": ("cost", growth_table),
+        "processes": ("processes", processes_table),
+        "tricks": ("tricks", tricks_table),
     }
+    parts = {}
+    for part, (name, table) in tables.items():
+        file = RESULTS / f"{name}.json"
+        parts[part] = table(json.loads(file.read_text())) if file.exists() else "Not measured yet."
+    return parts
 
 
 def filled(name: str) -> str:

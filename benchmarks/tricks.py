@@ -3,15 +3,14 @@
 python benchmarks/tricks.py              # resumes; writes benchmarks/results/tricks.json
 
 Every variant prunes SmolLM2-135M-Instruct on the demo's data with the same seeds, steps and records a step, and differs
-in one thing. What counts is the loss on held-out records and the perplexity right after cutting; the seconds of
-training are those of this machine and are only comparable within one run of the benchmark.
+in one thing. What counts is the loss on held-out records and the perplexity right after cutting; what they save is
+measured by benchmarks/cost.py.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -47,10 +46,7 @@ def patched(values: dict[str, object]) -> Iterator[None]:
 def run(seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         bench = prepare(PruneConfig(output=f"{folder}/run", seed=seed, **SETTINGS))
-        began = time.perf_counter()
         model, plan = METHODS["l0"](bench)
-        seconds = time.perf_counter() - began
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         with torch.no_grad():
             smaller = extract(model, plan)
         del model
@@ -59,8 +55,6 @@ def run(seed: int) -> dict[str, float]:
             "loss": mean_loss(smaller, bench.validation(plan.sparsity)),
             "perplexity": perplexity(window_nats(smaller, bench.windows)),
             "sparsity": plan.sparsity,
-            "seconds": seconds,
-            "seconds_of_a_late_step": statistics.median(row["seconds"] for row in rows[-5:]),
         }
 
 
@@ -75,7 +69,7 @@ def main() -> None:
                 continue
             with patched(values):
                 cells.append({"variant": variant, "seed": seed, **run(seed)})
-            result = {"settings": SETTINGS, "threads": torch.get_num_threads(), "versions": versions(), "cells": cells}
+            result = {"settings": SETTINGS, "versions": versions(), "cells": cells}
             whole_files.write(RESULT, f"{json.dumps(result, indent=2)}\n".encode())
             print(cells[-1], flush=True)
     plain = {cell["seed"]: cell for cell in cells if cell["variant"] == "as it is"}
@@ -87,7 +81,6 @@ def main() -> None:
             f"{variant:50} loss {statistics.mean(c['loss'] for c in own):.3f} ({min(loss):+.3f} to {max(loss):+.3f})  "
             f"perplexity {statistics.mean(c['perplexity'] for c in own):.1f} "
             f"({min(nats):+.3f} to {max(nats):+.3f} nats)  "
-            f"{statistics.mean(c['seconds'] for c in own):.0f} s"
         )
 
 
