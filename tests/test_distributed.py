@@ -43,7 +43,7 @@ def launch(checkpoint: Path, data: Path, output: Path, **settings) -> subprocess
 def finish(started: subprocess.Popen) -> str:
     """What it said; killed with all its children if it does not end."""
     try:
-        return started.communicate(timeout=120)[0]
+        return started.communicate(timeout=300)[0]
     except subprocess.TimeoutExpired:
         os.killpg(started.pid, signal.SIGKILL)
         return started.communicate()[0] + "\nIT DID NOT END"
