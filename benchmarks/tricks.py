@@ -31,7 +31,6 @@ PATCHES: dict[str, dict[str, object]] = {
     "adapters computed by peft": {"compresso.adapters._Forward": lambda module: module.forward},
     "attention by torch's fused kernel": {"compresso.train.products": lambda model, cpu: nullcontext()},
     "no shrinking": {"compresso.train.EVERY": 10**9},
-    "shrinking by what is closed in most draws": {"compresso.shrink.RARELY_OPEN": 0.5},
 }
 
 
