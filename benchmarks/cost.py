@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, 
 from compresso import PruneConfig
 from compresso.adapters import add_lora, inside
 from compresso.batches import batches
-from compresso.cost import MemoryPeak
+from compresso.cost import MemoryPeak, spread
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks
 from compresso.prepare import prepare, versions
@@ -91,7 +91,7 @@ def plain(bench: Workbench, folder: str) -> Block:
 def ours(bench: Workbench, removed: float | None = None) -> Block:
     """One block of pruning at its full rate: all gates sampled, the constraint acting.
 
-    With `removed`, this share of the prunable parameters is cut out after the fourth step.
+    With `removed`, this share of the prunable parameters is cut out by the end of the fourth step.
     """
     config = bench.config if removed is None else replace(bench.config, target_sparsity=removed)
 
@@ -154,10 +154,6 @@ def alternate(blocks: dict[str, Block], bench: Workbench, steps: int, repeats: i
         }
         for name, rounds in found.items()
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratios(measured: dict[str, dict], what: str) -> dict[str, float]:

@@ -8,7 +8,6 @@ SmolLM2-135M-Instruct in float32: `compresso prune` as it is, with few steps. Se
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from compresso import load
+from compresso.cost import spread
 from compresso.prepare import versions
 
 RESULT = Path(__file__).parent / "results" / "processes.json"
@@ -48,7 +48,7 @@ def run(model: Path, output: Path, processes: int, *flags: str) -> dict:
     seconds = [row["seconds"] for row in rows[2:]]
     return {
         "losses": [row["loss"] for row in rows],
-        "seconds_a_step": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
+        "seconds_a_step": spread(seconds),
         "tokens_per_second": sum(row["tokens"] for row in rows[2:]) / sum(seconds),
         "peak_memory_bytes_of_the_first": json.loads((output / "summary.json").read_text())["peak_memory_bytes"],
     }

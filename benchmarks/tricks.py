@@ -8,8 +8,8 @@ measured by benchmarks/cost.py.
 """
 
 import argparse
+import itertools
 import json
-import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,16 +22,23 @@ from compresso import PruneConfig, extract, whole_files
 from compresso.methods import METHODS
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.prepare import prepare, versions
+from compresso.shrink import Shrinking
 
 RESULT = Path(__file__).parent / "results" / "tricks.json"
-SETTINGS = {"max_length": 96, "batch_size": 4, "steps": 24, "target_sparsity": 0.2}
 PATCHES: dict[str, dict[str, object]] = {
     "as it is": {},
     "the prompt in front of every record": {"compresso.batches.SHARED_PREFIX_FROM": 10**9},
     "adapters computed by peft": {"compresso.adapters._Forward": lambda module: module.forward},
     "attention by torch's fused kernel": {"compresso.train.products": lambda model, cpu: nullcontext()},
     "no shrinking": {"compresso.train.EVERY": 10**9},
+    "shrinking by a bound of 0.5": {"compresso.shrink.RARELY_OPEN": 0.5},
 }
+RECORDS = {"max_length": 96, "batch_size": 4}
+RUNS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+    "short": ({**RECORDS, "steps": 24, "target_sparsity": 0.2}, tuple(PATCHES)[:5]),
+    "long": ({**RECORDS, "steps": 80, "target_sparsity": 0.5}, ("as it is", *tuple(PATCHES)[3:])),
+}
+"""Settings of a run, and the variants that it is made with. Gates are decided enough to be cut in the long one only."""
 
 
 @contextmanager
@@ -42,10 +49,18 @@ def patched(values: dict[str, object]) -> Iterator[None]:
         yield
 
 
-def run(seed: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(PruneConfig(output=f"{folder}/run", seed=seed, **SETTINGS))
+def run(settings: dict[str, object], seed: int) -> dict[str, float]:
+    left: list[float] = []
+    restore = Shrinking.restore
+
+    def counted(shrinking: Shrinking) -> None:
+        left.append(count_parameters(shrinking._layers))
+        restore(shrinking)
+
+    with tempfile.TemporaryDirectory() as folder, patch.object(Shrinking, "restore", counted):
+        bench = prepare(PruneConfig(output=f"{folder}/run", seed=seed, **settings))
         model, plan = METHODS["l0"](bench)
+        whole = count_parameters(bench.model.model.layers)
         with torch.no_grad():
             smaller = extract(model, plan)
         del model
@@ -54,7 +69,12 @@ def run(seed: int) -> dict[str, float]:
             "loss": mean_loss(smaller, bench.validation(plan.sparsity)),
             "perplexity": perplexity(window_nats(smaller, bench.windows)),
             "sparsity": plan.sparsity,
+            "cut_in_training": 1 - left[0] / whole,
         }
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def main() -> None:
@@ -62,25 +82,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     seeds = range(parser.parse_args().seeds)
     cells = json.loads(RESULT.read_text())["cells"] if RESULT.exists() else []
-    for seed in seeds:
-        for variant, values in PATCHES.items():
-            if any((cell["variant"], cell["seed"]) == (variant, seed) for cell in cells):
+    for length, (settings, variants) in RUNS.items():
+        for seed, variant in itertools.product(seeds, variants):
+            if any((cell["run"], cell["variant"], cell["seed"]) == (length, variant, seed) for cell in cells):
                 continue
-            with patched(values):
-                cells.append({"variant": variant, "seed": seed, **run(seed)})
-            result = {"settings": SETTINGS, "versions": versions(), "cells": cells}
+            with patched(PATCHES[variant]):
+                cells.append({"run": length, "variant": variant, "seed": seed, **run(settings, seed)})
+            result = {"settings": {n: s for n, (s, _) in RUNS.items()}, "versions": versions(), "cells": cells}
             whole_files.write(RESULT, f"{json.dumps(result, indent=2)}\n".encode())
             print(cells[-1], flush=True)
-    plain = {cell["seed"]: cell for cell in cells if cell["variant"] == "as it is"}
-    for variant in PATCHES:
-        own = [cell for cell in cells if cell["variant"] == variant]
-        loss = [cell["loss"] - plain[cell["seed"]]["loss"] for cell in own]
-        nats = [torch.tensor(cell["perplexity"] / plain[cell["seed"]]["perplexity"]).log().item() for cell in own]
-        print(
-            f"{variant:50} loss {statistics.mean(c['loss'] for c in own):.3f} ({min(loss):+.3f} to {max(loss):+.3f})  "
-            f"perplexity {statistics.mean(c['perplexity'] for c in own):.1f} "
-            f"({min(nats):+.3f} to {max(nats):+.3f} nats)  "
-        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Labels cover the response and nothing else; truncation never takes all of it; the shared prefix changes nothing."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -102,7 +101,7 @@ def test_a_prefix_run_once_and_recomputed_activations_give_the_same_loss_and_gra
     results = []
     for b, again in ((batch.unshared(), False), (batch, False), (batch, True), (batch.unshared(), True)):
         model.zero_grad()
-        with recomputed(model) if again else nullcontext():
+        with recomputed(model, again):
             loss = target_loss(model, b) / batch.targets
             loss.backward()
         gradients = [layer.self_attn.k_proj.weight.grad.clone() for layer in model.model.layers]

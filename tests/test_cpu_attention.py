@@ -15,11 +15,7 @@ def loss_and_gradients(model, implementation: str, prompt: int, again: bool = Fa
     model.config._attn_implementation = implementation
     model.zero_grad()
     batch = Batch(torch.arange(3, 3 + prompt), IDS, IDS, IDS.numel(), before_targets(IDS))
-    if again:
-        with recomputed(model):
-            loss = target_loss(model, batch)
-            loss.backward()
-    else:
+    with recomputed(model, again):
         loss = target_loss(model, batch)
         loss.backward()
     attention = [layer.self_attn for layer in model.model.layers]

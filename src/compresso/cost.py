@@ -47,7 +47,7 @@ def measure_costs(
             "precision": str(model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
             "memory_bytes": _weights_in_memory(model),
-            **{key: _spread([found[key] for found in rounds[name]]) for key in rounds[name][0]},
+            **{key: spread([found[key] for found in rounds[name]]) for key in rounds[name][0]},
             "kv_bytes_per_token": round(rounds[name][0]["kv_bytes_per_token"]),
         }
         for name, model in models.items()
@@ -90,7 +90,8 @@ def fitting(model: PreTrainedModel, context: int, new_tokens: int = NEW_TOKENS) 
     return max(1, min(context, positions - new_tokens)), new_tokens
 
 
-def _spread(values: list[float]) -> Spread:
+def spread(values: list[float]) -> Spread:
+    """Median, smallest, largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

@@ -6,7 +6,6 @@ three; layers are alike, so that the rest follows. What is counted is what the r
 
 import copy
 import weakref
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,7 +224,7 @@ def step_memory(
         reached: list[int] = []
         head = model.get_submodule(family_of(architecture.model_type).head)
         head.register_forward_pre_hook(lambda *_: reached.append(live.now))
-        with live, products(model, cpu), recomputed(model) if config.gradient_checkpointing else nullcontext():
+        with live, products(model, cpu), recomputed(model, config.gradient_checkpointing):
             gates.set({unit: _gate(shape, unit) for unit in config.units})
             target_loss(model, batch).backward()
     activations = reached[0]

@@ -176,10 +176,14 @@ def _save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summar
         reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         actual = reloaded.to(model.device).eval()(ids).logits
         difference = _difference(actual, expected, f"the model reloaded from {folder}", "the model saved there")
-        summary["logit_differences"][f"{folder.name}_reloaded"] = difference
-        summary["max_logit_difference"] = max(summary["logit_differences"].values())
+        _note_difference(summary, folder, difference)
         checkpoint.cast(model, working)
     bench.accelerator.wait_for_everyone()
+
+
+def _note_difference(summary: dict[str, Any], folder: Path, difference: float) -> None:
+    summary["logit_differences"][f"{folder.name}_reloaded"] = difference
+    summary["max_logit_difference"] = max(summary["logit_differences"].values())
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: str) -> float:
@@ -220,9 +224,7 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     summary["perplexity"]["recovered"] = recovered["perplexity"]
     summary["sample"]["recovered"] = recovered["answer"]
     if bench.place:
-        difference = _cut_files(bench, model, None, plan.sparsity, folder)[1]
-        summary["logit_differences"]["model_reloaded"] = difference
-        summary["max_logit_difference"] = max(summary["logit_differences"].values())
+        _note_difference(summary, folder, _cut_files(bench, model, None, plan.sparsity, folder)[1])
     else:
         _save_checked(bench, model, folder, summary)
 

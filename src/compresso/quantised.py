@@ -38,8 +38,7 @@ def load(place: Path, device: torch.device) -> tuple[PreTrainedModel, torch.dtyp
         raise ValueError(f"the weights of {place} cannot be loaded: {checkpoint.first_line(error)}") from error
     if device.type == "cpu":
         _keep_trainable(model)
-    stored = StoredWeights(place)
-    return model.eval(), stored[next(iter(stored))].dtype
+    return model.eval(), StoredWeights(place).dtype
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:

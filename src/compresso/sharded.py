@@ -46,7 +46,7 @@ def load(place: Path, dtype: torch.dtype, accelerator: Accelerator) -> tuple[Pre
     model.config.dtype = dtype
     if (place / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
-    return model.eval(), stored[next(iter(stored))].dtype
+    return model.eval(), stored.dtype
 
 
 def _fill(module: nn.Module, prefix: str, stored: StoredWeights, dtype: torch.dtype, device: torch.device) -> None:

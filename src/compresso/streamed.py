@@ -53,6 +53,13 @@ class StoredWeights(Mapping[str, Tensor]):
         with safe_open(self._file[name], "pt") as stored:  # opened anew, so that no page of it stays mapped
             return stored.get_tensor(name)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor; the others of a checkpoint have it too."""
+        name = next(iter(self._file))
+        with safe_open(self._file[name], "pt") as stored:
+            return stored.get_slice(name)[:0].dtype
+
     def __contains__(self, name: object) -> bool:
         return name in self._file
 
@@ -128,11 +135,11 @@ def write_cut(
     plan = plan or Plan(shape, shape.open_gates())
     check_fit(plan, shape)
     old, tokenizer = read_weights(place, whole), checkpoint.load_tokenizer(str(place))
-    dtype = old[stored_names(whole)[0]].dtype
+    dtype = old.dtype
     smaller = shapes_of(smaller_config(config, old, plan))
     facts = {
         "base model": base,
-        "parameters": f"{count_parameters(config):,} before, {count_parameters(smaller.config):,} after",
+        "parameters": f"{_count(whole):,} before, {_count(smaller):,} after",
         "sparsity": f"{100 * plan.sparsity:.2f} % of the decoder layers' matrices removed",
     }
 
@@ -169,7 +176,11 @@ def shapes_of(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pre
 
 def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the model of a config, however its weights are held."""
-    return sum(parameter.numel() for parameter in shapes_of(config).parameters())
+    return _count(shapes_of(config))
+
+
+def _count(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def stored_names(model: PreTrainedModel) -> list[str]:

@@ -10,7 +10,7 @@ same step.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -109,9 +109,9 @@ class _SumWithGradient(torch.autograd.Function):
 
 
 @contextmanager
-def recomputed(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a decoder layer keeps its input only, and backward runs it again (activation checkpointing)."""
-    layers = model.get_submodule(family_of(model.config.model_type).layers)
+def recomputed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, a decoder layer keeps its input, and backward runs it again (activation checkpointing)."""
+    layers = model.get_submodule(family_of(model.config.model_type).layers) if wanted else []
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -159,7 +159,7 @@ def fit(
             pruning.gates.set(pruning.masks.sample(noise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
-        with products(model, accelerator.device.type == "cpu"), recomputed(model) if recompute else nullcontext():
+        with products(model, accelerator.device.type == "cpu"), recomputed(model, recompute):
             total, tokens = _backward(accelerator, model, next_batches(sparsity), gating)
         trainable = optimizer.param_groups[0]["params"]  # others than at the start, once the model has shrunk
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
