@@ -35,8 +35,14 @@ class PruneConfig:
     """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp."""
     round_to: int = 1
     """Kept FFN widths and the hidden size become multiples of this."""
-    method: str = "l0"
-    """How units are chosen. l0: hard concrete gates trained with LoRA (the paper's method)."""
+    method: Literal["l0", "random", "magnitude", "wanda", "flap", "taylor", "taylor2", "minitron", "shortgpt"] = "l0"
+    """How units are chosen. l0: hard concrete gates trained with LoRA (the paper's method). The others score units
+    once, without training, as others do: docs/methods.md tells how."""
+    allocation: Literal["auto", "local", "global"] = "auto"
+    """Where a score decides: the same share of every layer (local), one threshold for all (global), or as the method
+    was published (auto)."""
+    calibration_records: int = 128
+    """Records that scores are measured on."""
     kept_gates: Literal["auto", "soft", "binary"] = "auto"
     """Value of kept gates: soft values folded into weights, 1, or whichever measures better."""
 
@@ -79,6 +85,8 @@ class PruneConfig:
     """Records per optimizer step and process."""
     accumulation: int = 1
     """Parts that a batch is split into to save memory."""
+    distill: float = 0.0
+    """Share of the distance to the dense model's predictions in the loss, in [0, 1]."""
     learning_rate: float = 1e-3
     """Peak learning rate of LoRA; it decays by a cosine."""
     gate_learning_rate: float | None = None
@@ -128,8 +136,8 @@ class PruneConfig:
             raise ValueError(f"units lists a unit twice: {','.join(self.units)}")
         at_least = {
             **dict.fromkeys(("round_to", "batch_size", "accumulation", "lora_rank", "validation_records"), 1),
-            **dict.fromkeys(("perplexity_windows", "self_records", "steps"), 1),
-            **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed"), 0),
+            **dict.fromkeys(("perplexity_windows", "self_records", "steps", "calibration_records"), 1),
+            **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed", "distill"), 0),
             "max_length": 16,
         }
         for name, least in at_least.items():
@@ -144,6 +152,8 @@ class PruneConfig:
             )
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        if self.distill > 1:
+            raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
         if self.accumulation > self.batch_size:
             raise ValueError(f"accumulation ({self.accumulation}) splits a batch of only {self.batch_size} records")
 
@@ -155,7 +165,8 @@ class PruneConfig:
             "schedule": ("linear", "cubic"),
             "precision": ("auto", "fp32", "bf16", "4bit"),
             "tracker": ("none", "tensorboard", "wandb"),
-            "method": ("l0",),
+            "method": typing.get_args(PruneConfig.__annotations__["method"]),
+            "allocation": ("auto", "local", "global"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -134,6 +134,16 @@ class Gates:
         """Compute what the model computes without gates."""
         self.set({})
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside, all gates are open; afterwards they are what they were."""
+        before = self._group, self._channel, self._written, self._embedded
+        self.open()
+        try:
+            yield
+        finally:
+            self._group, self._channel, self._written, self._embedded = before
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()

@@ -1,73 +1,63 @@
-"""METHODS: each turns a model and records into a Plan, and may leave the model trained for it.
+"""METHODS: each turns a model and records into a Plan, and may leave the model changed for it.
 
 A method gets the workbench and returns the model with the Plan to apply: the stock model with adapters merged, or,
 where it is cut from files to files (`Workbench.place`), the one in training with its adapters.
 """
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from compresso import hard_concrete
-from compresso.adapters import add_lora, inside, merge
-from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
-from compresso.masks import Gates, Masks, gated
-from compresso.perplexity import mean_loss
+from compresso import scores
+from compresso.allocation import standardised, uniform, whole_layers
+from compresso.calibration import block_influence, calibration_batches, input_moments, output_paths
+from compresso.learned import l0
 from compresso.plan import Plan, select
+from compresso.repair import add_biases
 from compresso.shape import describe
-from compresso.shrink import Shrinking
-from compresso.train import Pruning, fit, gate_learning_rate
-from compresso.workbench import Workbench
+from compresso.workbench import Workbench, console
+
+Method = Callable[[Workbench], tuple[PreTrainedModel, Plan]]
 
 
-def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
-    """Hard concrete gates trained with LoRA under a sparsity constraint (Compresso, arXiv 2310.05015)."""
-    config = bench.config
-    shape = describe(bench.model)
-    schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
-    masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
-    wrapped = add_lora(bench.model, config, config.seed)
-    gates = Gates(inside(wrapped), shape)
-    shrinking = None
-    if config.shrink and not bench.place:  # parts of layers in several processes are not cut
-        shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, config.round_to)
-    rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
-    rows = fit(
-        bench.accelerator,
-        inside(wrapped),
-        bench.batches(config.seed),
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        clip=config.clip,
-        seed=config.seed,
-        recompute=config.gradient_checkpointing,
-        pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate, shrinking),
-    )
-    with bench.keeping(wrapped, masks):
-        bench.follow("prune", rows, config.steps)
-    gates.remove()
-    log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
-    plan = select(shape, log_alpha, config.target_sparsity, config.round_to)
-    model = inside(wrapped) if bench.place else merge(wrapped)
-    if shrinking:
-        shrinking.restore()
-    return model, _best_gates(bench, model, plan, log_alpha)
+def one_shot(
+    bench: Workbench, score: Callable[[Workbench], scores.Scores], allocation: str
+) -> tuple[PreTrainedModel, Plan]:
+    """Remove the units of lowest score, layer by layer or (`allocation` global) by one threshold for all."""
+    config, shape = bench.config, describe(bench.model)
+    found = {unit: values for unit, values in score(bench).items() if unit in config.units}
+    if not found:
+        raise ValueError(f"--method {config.method} knows no unit of --units {','.join(config.units)}")
+    allocation = allocation if config.allocation == "auto" else config.allocation
+    if allocation == "local":
+        return bench.model, uniform(shape, found, config.target_sparsity, config.round_to)
+    return bench.model, select(shape, standardised(shape, found), config.target_sparsity, config.round_to)
 
 
-def _best_gates(bench: Workbench, model: PreTrainedModel, plan: Plan, log_alpha: dict[str, torch.Tensor]) -> Plan:
-    """Kept gates at 1 or at their soft values, whichever has the lower loss on held-out records."""
-    soft = plan.scaled({unit: hard_concrete.gate_value(a) for unit, a in log_alpha.items()})
-    if bench.config.kept_gates != "auto":
-        return soft if bench.config.kept_gates == "soft" else plan
-    losses = []
-    for candidate in (plan, soft):
-        with gated(model, candidate.shape, candidate.gates):
-            losses.append(mean_loss(model, bench.validation(candidate.sparsity)))
-    losses = broadcast_object_list(losses)  # all processes must take the same
-    bench.facts["kept_gates"] = {"binary": losses[0], "soft": losses[1]}
-    return plan if losses[0] <= losses[1] else soft
+def flap(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
+    """Fluctuation, one threshold for all layers, and the mean of what was removed as a bias (arXiv 2312.11983)."""
+    model, plan = one_shot(bench, scores.flap, "global")
+    moments = input_moments(model, calibration_batches(bench), [path for _, _, path in output_paths(model)])
+    if not add_biases(model, plan, {path: found.mean for path, found in moments.items()}):
+        console.print(f"{model.config.model_type} has no place for FLAP's biases; its units are removed without them.")
+    return model, plan
 
 
-METHODS: dict[str, Callable[[Workbench], tuple[PreTrainedModel, Plan]]] = {"l0": l0}
+def shortgpt(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
+    """Whole layers, those that change the residual stream least (arXiv 2403.03853)."""
+    influence = block_influence(bench.model, calibration_batches(bench))
+    return bench.model, whole_layers(describe(bench.model), influence, bench.config.target_sparsity)
+
+
+METHODS: dict[str, Method] = {
+    "l0": l0,
+    "random": partial(one_shot, score=scores.random, allocation="local"),
+    "magnitude": partial(one_shot, score=scores.magnitude, allocation="local"),
+    "wanda": partial(one_shot, score=scores.wanda, allocation="local"),
+    "flap": flap,
+    "taylor": partial(one_shot, score=scores.taylor, allocation="local"),
+    "taylor2": partial(one_shot, score=scores.taylor_second, allocation="local"),
+    "minitron": partial(one_shot, score=scores.minitron, allocation="local"),
+    "shortgpt": shortgpt,
+}

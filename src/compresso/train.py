@@ -10,7 +10,7 @@ same step.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,14 +54,34 @@ class Pruning:
     shrinking: Shrinking | None = None
 
 
-def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Sum of the next-token loss over the labelled tokens of a batch: a scalar, in float32.
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model, whose predictions are part of the aim.
 
-    The shared prefix is run once, and every row attends to its keys and values; gradients
-    flow through them. Logits are computed only where there is a label, in chunks.
+    While gates are learned it is the model itself, adapters off and gates open (`silent`), so that nothing is held
+    twice; for a model that has been cut it is the one before.
     """
-    family = family_of(model.config.model_type)
-    decoder = model.get_submodule(family.layers.rpartition(".")[0])
+
+    model: PreTrainedModel
+    weight: float
+    """Share of the distance to the teacher in the loss, in [0, 1]."""
+    silent: Callable[[], AbstractContextManager] = nullcontext
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        with self.silent():
+            return hidden_before_targets(self.model, batch)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.get_submodule(family_of(self.model.config.model_type).head)(hidden).float()
+
+
+def hidden_before_targets(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the head gets at the positions that are followed by a target: (N, hidden).
+
+    The shared prefix is run once, and every row attends to its keys and values; gradients flow through them.
+    """
+    decoder = model.get_submodule(family_of(model.config.model_type).layers.rpartition(".")[0])
     cache = None
     if len(batch.prefix):
         cache = read_only(for_rows(run_prefix(decoder, batch.prefix, model.config), len(batch.ids)))
@@ -70,38 +90,67 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         position_ids=positions_after(len(batch.prefix), batch.ids),
         **with_cache(decoder, cache),
     ).last_hidden_state
-    hidden = hidden.flatten(0, 1).index_select(0, batch.places)
-    labels = batch.labels.flatten().index_select(0, batch.places + 1)
-    head = model.get_submodule(family.head)
+    return hidden.flatten(0, 1).index_select(0, batch.places)
 
-    def loss_of(part: Tensor, label: Tensor) -> Tensor:
-        return functional.cross_entropy(head(part).float(), label, reduction="sum")
+
+def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Sum of the next-token loss over the labelled tokens of a batch: a scalar, in float32."""
+    return mixed_loss(model, batch, None)[0]
+
+
+def mixed_loss(model: PreTrainedModel, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
+    """Sums over the labelled tokens of a batch, in float32: what is minimised, and the next-token loss alone.
+
+    With a teacher the first is (1 - weight) times the next-token loss plus weight times the Kullback-Leibler divergence
+    from the teacher's distribution (Hinton et al. 2015, arXiv 1503.02531). Logits are computed only where there is a
+    label, in chunks.
+    """
+    aims = [batch.labels.flatten().index_select(0, batch.places + 1)]
+    if teacher is not None:
+        aims.append(teacher.hidden(batch))
+    hidden = hidden_before_targets(model, batch)
+    head = model.get_submodule(family_of(model.config.model_type).head)
+
+    def loss_of(part: Tensor, label: Tensor, of_teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits = head(part).float()
+        loss = functional.cross_entropy(logits, label, reduction="sum")
+        if teacher is None or of_teacher is None:
+            return loss, loss.detach()
+        aim = functional.log_softmax(teacher.logits(of_teacher), -1)
+        distance = functional.kl_div(functional.log_softmax(logits, -1), aim, reduction="sum", log_target=True)
+        return (1 - teacher.weight) * loss + teacher.weight * distance, loss.detach()
 
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _SumWithGradient.apply(hidden, labels, loss_of, chunk)
-    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    return torch.stack([loss_of(h, y) for h, y in parts]).sum()
+        return _SumWithGradient.apply(hidden, aims, loss_of, chunk)
+    parts = zip(*(t.split(chunk) for t in (hidden, *aims)), strict=True)
+    mixed, loss = zip(*(loss_of(*part) for part in parts), strict=True)
+    return torch.stack(mixed).sum(), torch.stack(loss).sum()
 
 
 class _SumWithGradient(torch.autograd.Function):
-    """Sum of `loss_of` over chunks of rows, the gradient taken while a chunk's logits are there.
+    """Sums of `loss_of` over chunks of rows, the first one's gradient taken while a chunk's logits are there.
 
     The head is frozen, so that the gradient of the hidden states is all that is wanted; no logits are kept, and none
     are computed twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, loss_of: Callable[..., Tensor], chunk: int) -> Tensor:
-        gradient, losses = torch.empty_like(hidden), []
-        for rows, label, out in zip(hidden.split(chunk), labels.split(chunk), gradient.split(chunk), strict=True):
+    def forward(
+        ctx: Any, hidden: Tensor, aims: list[Tensor], loss_of: Callable[..., tuple[Tensor, Tensor]], chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(hidden)
+        sums = []
+        for rows, out, *aim in zip(*(t.split(chunk) for t in (hidden, gradient, *aims)), strict=True):
             with torch.enable_grad():
                 part = rows.detach().requires_grad_()
-                loss = loss_of(part, label)
-                out.copy_(torch.autograd.grad(loss, part)[0])
-            losses.append(loss.detach())
+                mixed, loss = loss_of(part, *aim)
+                out.copy_(torch.autograd.grad(mixed, part)[0])
+            sums.append(torch.stack([mixed.detach(), loss]))
         ctx.save_for_backward(gradient)
-        return torch.stack(losses).sum()
+        mixed, loss = (part.clone() for part in torch.stack(sums).sum(0))
+        ctx.mark_non_differentiable(loss)
+        return mixed, loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,6 +185,7 @@ def fit(
     clip: float,
     seed: int,
     pruning: Pruning | None = None,
+    teacher: Teacher | None = None,
     sparsity: float = 0.0,
     recompute: bool = False,
 ) -> Iterator[dict[str, float | str | int]]:
@@ -160,7 +210,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
         with products(model, accelerator.device.type == "cpu"), recomputed(model, recompute):
-            total, tokens = _backward(accelerator, model, next_batches(sparsity), gating)
+            total, tokens = _backward(accelerator, model, next_batches(sparsity), gating, teacher)
         trainable = optimizer.param_groups[0]["params"]  # others than at the start, once the model has shrunk
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
@@ -185,8 +235,10 @@ def fit(
     model.eval()
 
 
-def _backward(accelerator: Accelerator, model: PreTrainedModel, parts: list[Batch], gating: bool) -> tuple[float, int]:
-    """Gradients of this process's share of the mean loss over the global batch; that loss, and the batch's tokens."""
+def _backward(
+    accelerator: Accelerator, model: PreTrainedModel, parts: list[Batch], gating: bool, teacher: Teacher | None
+) -> tuple[float, int]:
+    """Gradients of this process's share of a step; the next-token loss of the global batch, and its tokens."""
     counts = [sum(part.targets for part in parts), sum(part.tokens for part in parts)]
     sharing = [int(len(part.prefix) > 0) for part in parts]
     targets, tokens, *sharing = _summed(accelerator, torch.tensor([*counts, *sharing], dtype=torch.float64)).tolist()
@@ -194,10 +246,10 @@ def _backward(accelerator: Accelerator, model: PreTrainedModel, parts: list[Batc
     parts = [p if n == accelerator.num_processes else p.unshared() for p, n in zip(parts, sharing, strict=True)]
     parts_loss = torch.zeros(1, dtype=torch.float64)
     for i, part in enumerate(parts):
-        loss = target_loss(model, part.to(accelerator.device)) / max(targets, 1)
+        minimised, loss = mixed_loss(model, part.to(accelerator.device), teacher)
         # the gates are a graph of their own, shared by the parts of the batch
-        loss.backward(retain_graph=gating and i + 1 < len(parts))
-        parts_loss += float(loss.detach())
+        (minimised / max(targets, 1)).backward(retain_graph=gating and i + 1 < len(parts))
+        parts_loss += float(loss) / max(targets, 1)
     return float(_summed(accelerator, parts_loss)), int(tokens)
 
 

@@ -1,0 +1,88 @@
+"""From scores to a Plan: how much goes where.
+
+`uniform` takes the same share from every layer, as most published methods do; `standardised` makes scores of different
+layers and kinds comparable, so that one threshold serves for all (FLAP, arXiv 2312.11983, section 3.3).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from compresso.plan import Plan
+from compresso.shape import ModelShape
+
+
+def uniform(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float, round_to: int = 1) -> Plan:
+    """Keep the best of every layer, the same share in all of them.
+
+    With hidden channels, width and hidden size shrink by the same factor. Groups are coarse: only those go that the
+    share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest.
+    """
+    left = 1 - target_sparsity
+    gates = shape.open_gates()
+    if "hidden" in scores:
+        kept = _whole(shape.hidden_size * left**0.5, shape.hidden_size, round_to)
+        gates["hidden"] = best(scores["hidden"], kept)
+        left *= shape.hidden_size / kept
+    parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
+    before = {unit: gates[unit].split(shape.sizes(unit)) for unit in parts}
+    of = {unit: scores[unit].split(shape.sizes(unit)) for unit in parts if unit in scores}
+    for i, layer in enumerate(shape.layers):
+        groups, channels = layer.num_key_value_heads, layer.intermediate_size
+        rows = left * (groups * layer.rows_per_group + channels * shape.mlp_matrices)
+        if "kv_group" in of and groups:
+            share = (
+                left
+                if "intermediate" in of
+                else (rows - channels * shape.mlp_matrices) / (groups * layer.rows_per_group)
+            )
+            groups = min(groups, max(1, math.ceil(groups * share - 1e-9)))
+            parts["kv_group"].append(best(of["kv_group"][i], groups))
+        else:
+            parts["kv_group"].append(before["kv_group"][i])
+        if "intermediate" in of and channels:
+            wanted = (rows - groups * layer.rows_per_group) / shape.mlp_matrices
+            parts["intermediate"].append(best(of["intermediate"][i], _whole(wanted, channels, round_to)))
+        else:
+            parts["intermediate"].append(before["intermediate"][i])
+    return Plan(shape, gates | {unit: torch.cat(values) for unit, values in parts.items()})
+
+
+def standardised(shape: ModelShape, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores less their mean over their standard deviation, for each kind in each layer."""
+    found = {}
+    for unit, values in scores.items():
+        parts = [part.double() for part in values.split(shape.sizes(unit)) if len(part)]
+        found[unit] = torch.cat([(p - p.mean()) / p.std(correction=0).clamp(min=1e-12) for p in parts])
+    return found
+
+
+def whole_layers(shape: ModelShape, scores: Tensor, target_sparsity: float) -> Plan:
+    """Without the layers of lowest score (L,), as many as come nearest to the target; at least one stays."""
+    sizes = [
+        la.num_key_value_heads * la.rows_per_group + la.intermediate_size * shape.mlp_matrices for la in shape.layers
+    ]
+    gone: list[int] = []
+    best_gone: list[int] = []
+    for layer in scores.argsort(stable=True)[:-1].tolist():
+        gone = [*gone, layer]
+        if abs(sum(sizes[i] for i in gone) - target_sparsity * sum(sizes)) < abs(
+            sum(sizes[i] for i in best_gone) - target_sparsity * sum(sizes)
+        ):
+            best_gone = gone
+    stays = torch.ones(len(scores), dtype=torch.float64)
+    stays[best_gone] = 0
+    return Plan(shape, {"attention": stays, "mlp": stays})
+
+
+def best(scores: Tensor, kept: int) -> Tensor:
+    """1 for the `kept` units of highest score, 0 for the others; of equal ones the first."""
+    gates = torch.zeros(len(scores), dtype=torch.float64)
+    gates[scores.double().argsort(descending=True, stable=True)[:kept]] = 1
+    return gates
+
+
+def _whole(wanted: float, of: int, grain: int) -> int:
+    """The multiple of `grain` nearest to `wanted`, at least one and no more than there are."""
+    return min(of - of % grain, max(grain, round(wanted / grain) * grain))

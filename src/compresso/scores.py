@@ -1,0 +1,142 @@
+"""What others measure to tell which units matter: for each unit that may go a number, higher is better.
+
+Every function takes the workbench and gives, for each kind of unit that it knows, one flat tensor, layer after layer
+(`ModelShape.sizes`), in float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.calibration import (
+    Moments,
+    calibration_batches,
+    input_moments,
+    output_norms,
+    output_paths,
+    weight_gradients,
+)
+from compresso.families import Family, family_of
+from compresso.shape import LayerShape, describe, has
+from compresso.workbench import Workbench
+
+Scores = dict[str, Tensor]
+
+
+def random(bench: Workbench) -> Scores:
+    """No knowledge: what any method must beat."""
+    generator = torch.Generator().manual_seed(bench.config.seed)
+    shape = describe(bench.model)
+    return {u: torch.rand(sum(shape.sizes(u)), generator=generator) for u in ("kv_group", "intermediate")}
+
+
+def magnitude(bench: Workbench) -> Scores:
+    """L2 norm of a unit's own weights, in all matrices that it is part of (LLM-Pruner's `l2`, arXiv 2305.11627)."""
+    return {unit: value.sqrt() for unit, value in _over_unit(bench.model, lambda _, w: w.float().square()).items()}
+
+
+def wanda(bench: Workbench) -> Scores:
+    """Wanda-sp: mean over a column of |W| times the norm of its input (arXiv 2306.11695; FLAP, 2312.11983)."""
+
+    def score(weight: Tensor, moments: Moments) -> Tensor:
+        return weight.abs().mean(0) * moments.squares.sqrt()
+
+    return _of_columns(bench, score)
+
+
+def flap(bench: Workbench) -> Scores:
+    """Fluctuation: variance of an input times the squared norm of its column (WIFV, arXiv 2312.11983, equation 5)."""
+
+    def score(weight: Tensor, moments: Moments) -> Tensor:
+        return weight.square().sum(0) * moments.variance
+
+    return _of_columns(bench, score)
+
+
+def taylor(bench: Workbench) -> Scores:
+    """First order: the sum over a unit's weights of |w dL/dw| (LLM-Pruner's `param_first`, arXiv 2305.11627, eq. 5)."""
+    first, _ = weight_gradients(bench.model, calibration_batches(bench), _matrices(bench.model))
+    return _over_unit(bench.model, lambda name, w: (w.float() * first[name]).abs())
+
+
+def taylor_second(bench: Workbench) -> Scores:
+    """Second order: |w dL/dw - w^2 h / 2|, h the mean square of the gradient (LLM-Pruner's `param_mix`, eq. 5)."""
+    first, second = weight_gradients(bench.model, calibration_batches(bench), _matrices(bench.model))
+
+    def score(name: str, w: Tensor) -> Tensor:
+        return (w.float() * first[name] - w.float().square() * second[name] / 2).abs()
+
+    return _over_unit(bench.model, score)
+
+
+def minitron(bench: Workbench) -> Scores:
+    """Activations of a head, of an FFN channel, of a hidden channel after the norms (arXiv 2407.14679, section 2.2)."""
+    model = bench.model
+    family, shape = family_of(model.config.model_type), describe(model)
+    given = calibration_batches(bench)
+    norms = [
+        f"{family.layers}.{i}.{path}"
+        for i, layer in enumerate(model.get_submodule(family.layers))
+        for path in (family.attention_norm, family.mlp_norm)
+        if has(layer, path)
+    ]
+    hidden = torch.stack([*output_norms(model, given, [*norms, family.final_norm]).values()]).sum(0)
+    moments = input_moments(model, given, [path for _, _, path in output_paths(model)])
+    parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
+    for i, unit, path in output_paths(model):
+        found = moments[path]
+        if unit == "kv_group":  # the norm of a group's outputs
+            parts[unit].append(found.squares.view(shape.layers[i].num_key_value_heads, -1).sum(1).sqrt())
+        else:
+            parts[unit].append(found.absolute / found.tokens)
+    return {**{unit: torch.cat(values).cpu() for unit, values in parts.items()}, "hidden": hidden.cpu()}
+
+
+def _of_columns(bench: Workbench, score: Callable[[Tensor, Moments], Tensor]) -> Scores:
+    """Scores of the columns of the output matrices, summed over those of a group."""
+    model = bench.model
+    shape, places = describe(model), list(output_paths(model))
+    moments = input_moments(model, calibration_batches(bench), [path for _, _, path in places])
+    parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
+    for i, unit, path in places:
+        columns = score(model.get_submodule(path).weight.detach().float(), moments[path])
+        if unit == "kv_group":
+            columns = columns.view(shape.layers[i].num_key_value_heads, -1).sum(1)
+        parts[unit].append(columns.cpu())
+    return {unit: torch.cat(values) for unit, values in parts.items()}
+
+
+def _matrices(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that units are made of."""
+    family = family_of(model.config.model_type)
+    paths = (family.query, family.key, family.value, family.attention_output, *family.mlp_inputs, family.mlp_output)
+    layers = model.get_submodule(family.layers)
+    return [f"{family.layers}.{i}.{p}.weight" for i, layer in enumerate(layers) for p in paths if has(layer, p)]
+
+
+@torch.no_grad()
+def _over_unit(model: PreTrainedModel, of_weight: Callable[[str, Tensor], Tensor]) -> Scores:
+    """Sum of `of_weight` over all weights of each unit: rows of the matrices before it, columns of the one after."""
+    family, shape = family_of(model.config.model_type), describe(model)
+    parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
+    for i, layer in enumerate(shape.layers):
+        for unit, rows, columns, count in _members(family, layer):
+            total = torch.zeros(count)
+            for path, dim in (*((path, 0) for path in rows), (columns, 1)):
+                if count:
+                    name = f"{family.layers}.{i}.{path}.weight"
+                    each = of_weight(name, model.get_parameter(name).detach()).sum(1 - dim)
+                    total += each.view(count, -1).sum(1).cpu()
+            parts[unit].append(total)
+    return {unit: torch.cat(values) for unit, values in parts.items()}
+
+
+def _members(family: Family, layer: LayerShape) -> list[tuple[str, tuple[str, ...], str, int]]:
+    """Kinds of units of a layer: the matrices whose rows they own, the one whose columns, and how many there are."""
+    attention = (family.query, family.key, family.value)
+    return [
+        ("kv_group", attention, family.attention_output, layer.num_key_value_heads),
+        ("intermediate", family.mlp_inputs, family.mlp_output, layer.intermediate_size),
+    ]

@@ -1,0 +1,279 @@
+"""Scores against ten-line references, on planted structure, and what becomes of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compresso import PruneConfig, extract, scores
+from compresso.allocation import standardised, uniform, whole_layers
+from compresso.calibration import (
+    block_influence,
+    calibration_batches,
+    input_moments,
+    output_paths,
+    real_tokens,
+    weight_gradients,
+)
+from compresso.methods import METHODS
+from compresso.plan import Plan
+from compresso.prepare import prepare
+from compresso.repair import add_biases, refit
+from compresso.shape import LayerShape, ModelShape, describe
+from compresso.train import target_loss
+from tiny import random_plan, tiny_model
+
+ONE_SHOT = [name for name in METHODS if name != "l0"]
+
+
+@pytest.fixture
+def bench(tmp_path, checkpoint, data):
+    return prepare(
+        PruneConfig(
+            model=str(checkpoint),
+            data=str(data),
+            output=str(tmp_path / "run"),
+            prompt="short",
+            precision="fp32",
+            device="cpu",
+            max_length=48,
+            calibration_records=11,
+            validation_records=4,
+            target_sparsity=0.3,
+        )
+    )
+
+
+def inputs_of(bench, path):
+    """All real inputs of a matrix, record by record without a shared prompt: (N, in)."""
+    seen = []
+    handle = bench.model.get_submodule(path).register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    counts = []
+    for batch in calibration_batches(bench):
+        whole = batch.unshared()
+        for row, real in zip(whole.ids, real_tokens(whole), strict=True):
+            with torch.no_grad():
+                bench.model(row[real][None])
+            counts.append(int(real.sum()))
+    handle.remove()
+    return [x[0] for x in seen]
+
+
+@pytest.mark.parametrize("prompt", ["none", "short"])
+def test_moments_are_those_of_the_real_tokens(bench, prompt):
+    bench.prompt = replace(bench.prompt, body="" if prompt == "none" else bench.prompt.body)
+    path = "model.layers.1.mlp.down_proj"
+    given = calibration_batches(bench)
+    found = input_moments(bench.model, given, [path], gram=True)[path]
+    rows = []
+    every = iter(inputs_of(bench, path))
+    for batch in given:  # a shared prompt counts once a batch
+        for i in range(len(batch.ids)):
+            x = next(every)
+            rows.append(x if i == 0 else x[len(batch.prefix) :])
+    x = torch.cat(rows)
+    assert found.tokens == len(x)
+    torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.variance, x.var(0, correction=0), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.gram, x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_wanda_and_flap_equal_their_formulas(bench):
+    """Computed by hand from all inputs at once."""
+    bench.prompt = replace(bench.prompt, body="")
+    wanda, flap = scores.wanda(bench), scores.flap(bench)
+    sizes = describe(bench.model).sizes("intermediate")
+    for i, (w, f) in enumerate(zip(wanda["intermediate"].split(sizes), flap["intermediate"].split(sizes), strict=True)):
+        x = torch.cat(inputs_of(bench, f"model.layers.{i}.mlp.down_proj"))
+        weight = bench.model.model.layers[i].mlp.down_proj.weight
+        torch.testing.assert_close(w, (weight.abs() * x.norm(dim=0)).mean(0).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(f, (weight.square() * x.var(0, correction=0)).sum(0).detach(), rtol=1e-3, atol=1e-5)
+        x = torch.cat(inputs_of(bench, f"model.layers.{i}.self_attn.o_proj"))
+        weight = bench.model.model.layers[i].self_attn.o_proj.weight
+        heads = (weight.abs() * x.norm(dim=0)).mean(0).view(2, 2 * 8).sum(1)  # two groups of two heads of eight
+        torch.testing.assert_close(wanda["kv_group"][2 * i : 2 * i + 2], heads.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_taylor_equals_autograd(bench):
+    found = scores.taylor(bench)
+    model, given = bench.model, calibration_batches(bench)
+    (sum(target_loss(model, batch) / batch.targets for batch in given) / len(given)).backward()
+    sizes = describe(model).sizes("intermediate")
+    for i, part in enumerate(found["intermediate"].split(sizes)):
+        mlp, attention = model.model.layers[i].mlp, model.model.layers[i].self_attn
+        by_hand = sum((m.weight * m.weight.grad).abs().sum(1) for m in (mlp.gate_proj, mlp.up_proj))
+        by_hand = by_hand + (mlp.down_proj.weight * mlp.down_proj.weight.grad).abs().sum(0)
+        torch.testing.assert_close(part, by_hand.detach(), rtol=1e-4, atol=1e-6)
+        rows = [
+            (m.weight * m.weight.grad).abs().sum(1).view(2, -1).sum(1) for m in (attention.q_proj, attention.k_proj)
+        ]
+        rows.append((attention.v_proj.weight * attention.v_proj.weight.grad).abs().sum(1).view(2, -1).sum(1))
+        rows.append((attention.o_proj.weight * attention.o_proj.weight.grad).abs().sum(0).view(2, -1).sum(1))
+        torch.testing.assert_close(found["kv_group"][2 * i : 2 * i + 2], sum(rows).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_leave_no_trace(bench):
+    model = bench.model
+    for name, p in model.named_parameters():
+        p.requires_grad_("norm" in name)
+    weight_gradients(model, calibration_batches(bench), ["model.layers.0.mlp.down_proj.weight"])
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.requires_grad == ("norm" in name) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "taylor_second", "minitron", "magnitude"])
+def test_units_that_do_nothing_come_last(bench, name):
+    dead = {"intermediate": [5, 60, 100], "kv_group": [3]}
+    with torch.no_grad():
+        for unit, layer, part in (("mlp", 0, [5]), ("mlp", 1, [12]), ("mlp", 2, [4])):
+            mlp = bench.model.model.layers[layer].get_submodule(unit)
+            mlp.down_proj.weight[:, part] = 0
+            mlp.gate_proj.weight[part] = 0
+            mlp.up_proj.weight[part] = 0
+        attention = bench.model.model.layers[1].self_attn
+        attention.o_proj.weight[:, 16:] = 0
+        for matrix in (attention.k_proj, attention.v_proj):
+            matrix.weight[8:] = 0
+        attention.q_proj.weight[16:] = 0
+    found = getattr(scores, name)(bench)
+    for unit, places in dead.items():
+        assert set(found[unit].argsort()[: len(places)].tolist()) == set(places)
+
+
+def test_random_scores_follow_the_seed(bench):
+    first, again = scores.random(bench), scores.random(bench)
+    bench.config = replace(bench.config, seed=1)
+    assert torch.equal(first["kv_group"], again["kv_group"])
+    assert not torch.equal(first["kv_group"], scores.random(bench)["kv_group"])
+
+
+def test_a_layer_that_changes_nothing_has_no_influence(bench):
+    with torch.no_grad():
+        bench.model.model.layers[1].self_attn.o_proj.weight.zero_()
+        bench.model.model.layers[1].mlp.down_proj.weight.zero_()
+    influence = block_influence(bench.model, calibration_batches(bench))
+    assert abs(float(influence[1])) < 1e-5 < 1e-3 < float(influence[[0, 2]].min())
+    plan = whole_layers(describe(bench.model), influence, 0.3)
+    assert plan.gates["attention"].tolist() == plan.gates["mlp"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("target", [0.1, 0.2, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("round_to", [1, 32])
+def test_uniform_takes_the_same_from_every_layer(target, hidden, round_to):
+    shape = ModelShape(576, 3, (LayerShape(3, 3, 64, 1536),) * 6)
+    generator = torch.Generator().manual_seed(0)
+    units = ("kv_group", "intermediate", *(("hidden",) if hidden else ()))
+    given = {unit: torch.rand(sum(shape.sizes(unit)), generator=generator) for unit in units}
+    plan = uniform(shape, given, target, round_to)
+    assert len({tuple(width.values()) for width in plan.widths()}) == 1
+    assert plan.sparsity == pytest.approx(target, abs=0.002 if round_to == 1 else 0.03)
+    assert plan.widths()[0]["intermediate_size"] % round_to == len(plan.keep["hidden"][0]) % round_to == 0
+    kept = plan.gates["intermediate"].view(6, -1) > 0
+    for values, stays in zip(given["intermediate"].view(6, -1), kept, strict=True):
+        assert values[stays].min() > values[~stays].max()
+
+
+def test_uniform_with_one_kind_alone():
+    shape = ModelShape(64, 3, (LayerShape(4, 1, 16, 128),) * 3)
+    for unit in ("kv_group", "intermediate"):
+        plan = uniform(shape, {unit: torch.arange(float(sum(shape.sizes(unit))))}, 0.1)
+        assert plan.sparsity == pytest.approx(0.1, abs=0.05)
+
+
+def test_standardised_scores_have_no_scale():
+    shape = ModelShape(64, 3, (LayerShape(4, 1, 16, 128),) * 3)
+    values = torch.rand(3 * 128)
+    scaled = (values.view(3, 128) * torch.tensor([[1.0], [100.0], [0.01]]) + 5).flatten()
+    first, second = (standardised(shape, {"intermediate": v})["intermediate"] for v in (values, scaled))
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_refit_restores_what_others_can_give(bench):
+    """Channels that are copies of others are made up for exactly."""
+    model = bench.model
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                matrix.weight[24:] = matrix.weight[:24]
+    shape = describe(model)
+    gates = torch.ones(3, 48)
+    gates[:, 24:] = 0
+    plan = Plan(shape, {"intermediate": gates.flatten()})
+    given = calibration_batches(bench)
+    moments = input_moments(model, given, [path for _, _, path in output_paths(model)], gram=True)
+    ids = given[0].ids
+    with torch.no_grad():
+        expected, without = model(ids).logits, extract(model, plan)(ids).logits
+        refit(model, plan, moments, damping=1e-8)
+        repaired = extract(model, plan)(ids).logits
+    assert (without - expected).abs().max() > 1
+    assert (repaired - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_refit_of_a_whole_plan_changes_nothing(bench):
+    model = bench.model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    moments = input_moments(model, calibration_batches(bench), [p for _, _, p in output_paths(model)], gram=True)
+    refit(model, Plan(describe(model), {}), moments)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_biases_stand_in_for_constant_channels(bench):
+    """A removed input that never changes is exactly a bias."""
+    model = bench.model
+    path = "model.layers.1.mlp.down_proj"
+
+    def constant(module, args):
+        x = args[0].clone()
+        x[..., :10] = torch.arange(10.0)
+        return (x,)
+
+    ids = calibration_batches(bench)[0].ids
+    handle = model.get_submodule(path).register_forward_pre_hook(constant)
+    moments = input_moments(model, calibration_batches(bench), [p for _, _, p in output_paths(model)])
+    with torch.no_grad():
+        expected = model(ids).logits
+    handle.remove()
+    gates = torch.ones(3, 48)
+    gates[1, :10] = 0
+    plan = Plan(describe(model), {"intermediate": gates.flatten()})
+    assert add_biases(model, plan, {name: found.mean for name, found in moments.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(extract(model, plan)(ids).logits, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_qwen2_has_no_place_for_biases():
+    model = tiny_model("qwen2")
+    assert not add_biases(model, random_plan(model), {})
+
+
+@pytest.mark.parametrize("name", ONE_SHOT)
+def test_every_method_prunes(bench, name):
+    bench.config = replace(bench.config, method=name)
+    model, plan = METHODS[name](bench)
+    assert plan.sparsity == pytest.approx(0.3, abs=0.05 if name in ("shortgpt", "minitron") else 0.02)
+    ids = calibration_batches(bench)[0].ids
+    with torch.no_grad():
+        assert extract(model, plan)(ids).logits.isfinite().all()
+
+
+def test_allocation_can_be_chosen(bench):
+    widths = {}
+    for allocation in ("local", "global"):
+        bench.config = replace(bench.config, method="wanda", allocation=allocation)
+        widths[allocation] = [w["intermediate_size"] for w in METHODS["wanda"](bench)[1].widths()]
+    assert len(set(widths["local"])) == 1 < len(set(widths["global"]))
+
+
+def test_a_method_without_the_wanted_units_says_so(bench):
+    bench.config = replace(bench.config, method="wanda", units=("hidden",))
+    with pytest.raises(ValueError, match="--method wanda knows no unit of --units hidden"):
+        METHODS["wanda"](bench)
+
+
+def test_padding_is_told_from_tokens(bench):
+    (batch, *_) = calibration_batches(bench)
+    whole = batch.unshared()
+    lengths = [len(bench.encoder.encode(record, bench.prompt).ids) for record in bench.sources[0].records]
+    assert set(real_tokens(whole).sum(1).tolist()) <= set(lengths)
