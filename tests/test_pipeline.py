@@ -263,20 +263,20 @@ def test_a_base_model_writes_texts(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("trouble", "step"), [("nan", 3), ("interrupt", 3)])
 def test_a_run_that_stops_keeps_its_last_good_state(checkpoint, data, tmp_path, monkeypatch, trouble, step):
-    original, calls = train.target_loss, []
+    original, calls = train.mixed_loss, []
 
-    def failing(model, batch):
-        if torch.is_grad_enabled():
-            calls.append(1)
-            if len(calls) > step:
-                if trouble == "interrupt":
-                    raise KeyboardInterrupt
-                return original(model, batch) * float("nan")
-        return original(model, batch)
+    def failing(model, batch, teacher):
+        minimised, loss = original(model, batch, teacher)
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) > step and calls[-1]:
+            if trouble == "interrupt":
+                raise KeyboardInterrupt
+            return minimised * float("nan"), loss * float("nan")
+        return minimised, loss
 
-    monkeypatch.setattr("compresso.train.target_loss", failing)
+    monkeypatch.setattr("compresso.train.mixed_loss", failing)
     with pytest.raises(Stopped, match="interrupted" if trouble == "interrupt" else "at step 4 the loss is nan"):
-        compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **QUICK)
+        compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), warm_start=False, **QUICK)
     kept = tmp_path / "run" / "stopped"
     assert all(torch.isfinite(t).all() for t in load_file(kept / "adapter_model.safetensors").values())
     assert set(load_file(kept / "log_alpha.safetensors")) == {"kv_group", "intermediate", "hidden"}

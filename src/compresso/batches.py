@@ -47,6 +47,11 @@ class Batch:
     would have to be waited for."""
 
     @property
+    def computed(self) -> int:
+        """Real tokens that go through the model, the prefix counted once."""
+        return self.tokens - len(self.prefix) * (len(self.ids) - 1)
+
+    @property
     def targets(self) -> int:
         return int((self.labels != IGNORE).sum())
 

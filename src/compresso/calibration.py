@@ -6,6 +6,7 @@ Every process of a launch looks at the same records, so that all of them come to
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 from compresso.batches import IGNORE, Batch, batches
 from compresso.families import family_of
 from compresso.records import similar_lengths
-from compresso.shape import has
+from compresso.shape import describe, has
 from compresso.streams import mixed
-from compresso.train import hidden_before_targets, target_loss
+from compresso.train import hidden_before_targets, operations, target_loss
 from compresso.workbench import Workbench, progress_bar
 
 AT_ONCE = 8  # records
@@ -43,13 +44,19 @@ class Moments:
         return (self.squares / self.tokens - self.mean.square()).clamp(min=0)
 
 
-def calibration_batches(bench: Workbench) -> list[Batch]:
-    """The first records of the run's data, `calibration_records` of them, with the prompt of a dense model."""
+def calibration_batches(bench: Workbench, backward: bool = False) -> list[Batch]:
+    """The first records of the run's data, `calibration_records` of them, with the prompt of a dense model.
+
+    The run's account is charged with a pass over them, or with a backward one too.
+    """
     count = bench.config.calibration_records
     groups = similar_lengths(mixed(bench.sources, bench.config.seed), AT_ONCE, 4, bench.config.seed)
     prompt = bench.prompt_at(0.0)
     taken = itertools.islice(groups, -(-count // AT_ONCE))
-    return [batches(group, bench.encoder, prompt)[0].to(bench.accelerator.device) for group in taken]
+    given = [batches(group, bench.encoder, prompt)[0].to(bench.accelerator.device) for group in taken]
+    tokens = sum(batch.computed for batch in given)
+    bench.spend("calibration", operations(bench.model, tokens, 3 if backward else 1))
+    return given
 
 
 def followed(given: Sequence[Batch], what: str = "calibrating") -> Iterator[Batch]:
@@ -181,4 +188,58 @@ def weight_gradients(
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(wanted[name])
+    return first, second
+
+
+def gate_gradients(
+    model: PreTrainedModel, given: Sequence[Batch], closed: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of the loss with respect to the gates of groups and channels: their mean over records, and that of
+    their squares.
+
+    A record's loss is its sum over targets, divided by the mean number of targets. `closed` holds the gates to start
+    from (flat, 0 or 1), all 1 without. Both results are flat tensors by kind of unit; half the mean square estimates
+    what the loss of a trained model gains when the unit goes (Optimal Brain Damage, LeCun et al. 1989, with the Fisher
+    information for the Hessian).
+    """
+    shape = describe(model)
+    places = list(output_paths(model))
+    gates = {unit: values.float() for unit, values in shape.open_gates().items()} | (closed or {})
+    split = {unit: values.split(shape.sizes(unit)) for unit, values in gates.items()}
+    sums = {unit: [torch.zeros(2, n) for n in shape.sizes(unit)] for unit in ("kv_group", "intermediate")}
+    leaves: dict[str, Tensor] = {}
+    records = sum(len(batch.ids) for batch in given)
+    targets = sum(batch.targets for batch in given) / records
+
+    def multiply(
+        path: str, each: int, start: Tensor, module: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        gate = start.to(args[0].device).expand(len(args[0]), 1, -1).clone().requires_grad_()
+        leaves[path] = gate
+        return (args[0] * gate.repeat_interleave(each, -1).to(args[0].dtype), *args[1:])
+
+    handles, width = [], {}
+    for i, unit, path in places:
+        layer = shape.layers[i]
+        width[path] = layer.head_dim * layer.queries_per_group if unit == "kv_group" else 1
+        hook = partial(multiply, path, width[path], split[unit][i])
+        handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        for batch in followed(given):
+            (target_loss(model, batch.unshared()) / targets).backward()
+            for i, unit, path in places:
+                gradient = leaves[path].grad
+                assert gradient is not None
+                found = gradient[:, 0].float().cpu()
+                sums[unit][i] += torch.stack([found.sum(0), found.square().sum(0)]) / records
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in model.named_parameters():
+            p.requires_grad_(wanted[name])
+    if not all(torch.isfinite(both).all() for parts in sums.values() for both in parts):
+        raise ValueError("the model's gradients are not numbers (NaN or infinite); its weights may be damaged")
+    first, second = ({unit: torch.cat([both[k] for both in parts]) for unit, parts in sums.items()} for k in range(2))
     return first, second

@@ -41,6 +41,8 @@ class PruneConfig:
     allocation: Literal["auto", "local", "global"] = "auto"
     """Where a score decides: the same share of every layer (local), one threshold for all (global), or as the method
     was published (auto)."""
+    warm_start: bool = True
+    """Let gates start where a first look at gradients ranks their units, instead of all at one value."""
     calibration_records: int = 128
     """Records that scores are measured on."""
     kept_gates: Literal["auto", "soft", "binary"] = "auto"

@@ -1,19 +1,28 @@
 """The paper's method: hard concrete gates trained together with LoRA under a sparsity constraint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso import hard_concrete
 from compresso.adapters import add_lora, inside, merge
-from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
+from compresso.calibration import calibration_batches, gate_gradients
+from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule, shift
 from compresso.masks import Gates, Masks, gated
 from compresso.perplexity import mean_loss
 from compresso.plan import Plan, select
 from compresso.shape import describe
 from compresso.shrink import Shrinking
-from compresso.train import Pruning, fit, gate_learning_rate
+from compresso.train import Pruning, Teacher, fit, gate_learning_rate
 from compresso.workbench import Workbench
+
+SPREAD = 2.0  # of log_alpha at a warm start, in units of a logistic distribution
 
 
 def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
@@ -22,11 +31,16 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     shape = describe(bench.model)
     schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
+    if config.warm_start and {"kv_group", "intermediate"} & masks.log_alpha.keys():
+        warm_start(masks, gate_gradients(bench.model, calibration_batches(bench, backward=True))[1])
     wrapped = add_lora(bench.model, config, config.seed)
     gates = Gates(inside(wrapped), shape)
     shrinking = None
-    if config.shrink and not bench.place:  # parts of layers in several processes are not cut
+    if config.shrink and not config.distill and not bench.place:  # nothing of a teacher, or of layers in parts, is cut
         shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, config.round_to)
+    teacher = None
+    if config.distill:
+        teacher = Teacher(inside(wrapped), config.distill, partial(_dense, wrapped, gates))
     rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
     rows = fit(
         bench.accelerator,
@@ -37,6 +51,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
         clip=config.clip,
         seed=config.seed,
         recompute=config.gradient_checkpointing,
+        teacher=teacher,
         pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate, shrinking),
     )
     with bench.keeping(wrapped, masks):
@@ -48,6 +63,39 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     if shrinking:
         shrinking.restore()
     return model, _best_gates(bench, model, plan, log_alpha)
+
+
+@contextmanager
+def _dense(wrapped: PeftModel, gates: Gates) -> Iterator[None]:
+    """Inside, the model in training computes what the dense one did."""
+    with wrapped.disable_adapter(), gates.opened():
+        yield
+
+
+@torch.no_grad()
+def warm_start(masks: Masks, importance: dict[str, Tensor]) -> None:
+    """Spread log_alpha of groups and channels by the rank of their importance for each parameter.
+
+    `importance` are estimates of what the loss gains when a unit goes (`gate_gradients`). The ranks of all units
+    together, as quantiles of a logistic distribution, leave few gates undecided at any threshold. The expected
+    sparsity stays what it was.
+    """
+    shape = masks.shape
+    before = float(masks.expected_sparsity())
+    costs = {
+        "kv_group": [layer.rows_per_group for layer in shape.layers],
+        "intermediate": [shape.mlp_matrices] * len(shape.layers),
+    }
+    price = {
+        unit: importance[unit] / torch.tensor(cost).repeat_interleave(torch.tensor(shape.sizes(unit)))
+        for unit, cost in costs.items()
+        if unit in masks.log_alpha
+    }
+    ranks = torch.cat([*price.values()]).argsort().argsort()
+    quantiles = torch.logit((ranks + 0.5) / len(ranks))
+    for unit, own in zip(price, quantiles.split([len(p) for p in price.values()]), strict=True):
+        masks.log_alpha[unit] += SPREAD * own
+    shift(masks, before)
 
 
 def _best_gates(bench: Workbench, model: PreTrainedModel, plan: Plan, log_alpha: dict[str, torch.Tensor]) -> Plan:

@@ -26,9 +26,9 @@ from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import load_parts, prepare, read_records, versions
 from compresso.shape import count_prunable, describe, prunable_parameters
-from compresso.streamed import count_parameters, write_cut
+from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.summary import show
-from compresso.train import fit
+from compresso.train import Teacher, fit
 from compresso.workbench import Workbench, compute_dtype, console, release_memory, status
 
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
@@ -88,6 +88,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     }
     if not bench.place:
         _save_checked(bench, smaller, bench.folder / "cut", summary)
+    summary["operations"] = dict(bench.facts.get("operations", {}))
     summary["seconds"] = time.perf_counter() - began
     _write(bench, summary)  # so that a recovery that stops can be repeated
     if config.recover_steps:
@@ -202,6 +203,7 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: 
 def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict[str, Any]) -> None:
     """Train LoRA on the smaller model, merge it, score the result and save it."""
     config, folder = bench.config, bench.folder / "model"
+    teacher = Teacher(_dense(bench), config.distill) if config.distill else None
     wrapped = add_lora(model, config, config.seed + 1)
     rows = fit(
         bench.accelerator,
@@ -211,6 +213,7 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
         learning_rate=config.learning_rate,
         clip=config.clip,
         seed=config.seed + 1,
+        teacher=teacher,
         sparsity=plan.sparsity,
         recompute=config.gradient_checkpointing,
     )
@@ -219,6 +222,7 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     if not bench.place:
         model = merge(wrapped)
         checkpoint.cast(model, compute_dtype(config.precision, bench.accelerator.device))
+    summary.setdefault("operations", {})["recover"] = bench.facts["operations"]["recover"]
     recovered = _score(bench, model, plan.sparsity)
     summary["loss"]["recovered"] = recovered["loss"]
     summary["perplexity"]["recovered"] = recovered["perplexity"]
@@ -227,6 +231,16 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
         _note_difference(summary, folder, _cut_files(bench, model, None, plan.sparsity, folder)[1])
     else:
         _save_checked(bench, model, folder, summary)
+
+
+def _dense(bench: Workbench) -> PreTrainedModel:
+    """The model before it was cut, as it is stored, for a recovery that learns from it."""
+    config, device = bench.config, bench.accelerator.device
+    with status(f"loading {config.model}, to learn from"):
+        if bench.place:
+            return load_parts(config, folder_of(config.model), bench.accelerator)[0]
+        model, _ = checkpoint.load(config.model)
+        return checkpoint.cast(model, compute_dtype(config.precision, device)).to(device).requires_grad_(False)
 
 
 @torch.no_grad()

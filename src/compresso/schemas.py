@@ -13,7 +13,7 @@ SUMMARY = {
     "loss|perplexity.dense|cut|recovered?": "number",
     "cost?.before|after.batch|context|parameters?|kv_bytes_per_token?": "number",
     f"cost?.before|after.{SPREADS}.median|min|max": "number",
-    "logit_differences?.*": "number",
+    "logit_differences?|operations?.*": "number",
     "model": "text",
     "sample.question|dense|cut|recovered?": "text",
     "recovery?": "object",

@@ -57,13 +57,13 @@ def flap(bench: Workbench) -> Scores:
 
 def taylor(bench: Workbench) -> Scores:
     """First order: the sum over a unit's weights of |w dL/dw| (LLM-Pruner's `param_first`, arXiv 2305.11627, eq. 5)."""
-    first, _ = weight_gradients(bench.model, calibration_batches(bench), _matrices(bench.model))
+    first, _ = weight_gradients(bench.model, calibration_batches(bench, backward=True), _matrices(bench.model))
     return _over_unit(bench.model, lambda name, w: (w.float() * first[name]).abs())
 
 
 def taylor_second(bench: Workbench) -> Scores:
     """Second order: |w dL/dw - w^2 h / 2|, h the mean square of the gradient (LLM-Pruner's `param_mix`, eq. 5)."""
-    first, second = weight_gradients(bench.model, calibration_batches(bench), _matrices(bench.model))
+    first, second = weight_gradients(bench.model, calibration_batches(bench, backward=True), _matrices(bench.model))
 
     def score(name: str, w: Tensor) -> Tensor:
         return (w.float() * first[name] - w.float().square() * second[name] / 2).abs()

@@ -170,6 +170,12 @@ def recomputed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
             del layer.forward
 
 
+def operations(model: PreTrainedModel, tokens: int, passes: int) -> int:
+    """Floating-point operations of passes of a model over tokens: two for each parameter and token; a backward pass
+    counts as two passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+    return 2 * passes * tokens * sum(p.numel() for p in model.parameters())
+
+
 def gate_learning_rate(steps: int) -> float:
     """Step size of log_alpha such that a steady gradient carries it across its range within the run."""
     return min(0.3, max(0.01, 12 / steps))
@@ -210,7 +216,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
         with products(model, accelerator.device.type == "cpu"), recomputed(model, recompute):
-            total, tokens = _backward(accelerator, model, next_batches(sparsity), gating, teacher)
+            total, tokens, computed = _backward(accelerator, model, next_batches(sparsity), gating, teacher)
         trainable = optimizer.param_groups[0]["params"]  # others than at the start, once the model has shrunk
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
@@ -230,18 +236,22 @@ def fit(
             row |= {"expected_sparsity": sparsity, "target_sparsity": target, "lambda_1": pruning.lagrangian.lambda_1}
         seconds = time.perf_counter() - began
         row |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_norm": norm}
-        row |= {"tokens": tokens, "seconds": seconds}
+        spent = operations(model, computed, 3) + (operations(teacher.model, computed, 1) if teacher else 0)
+        row |= {"tokens": tokens, "operations": spent, "seconds": seconds}
         yield row
     model.eval()
 
 
 def _backward(
     accelerator: Accelerator, model: PreTrainedModel, parts: list[Batch], gating: bool, teacher: Teacher | None
-) -> tuple[float, int]:
-    """Gradients of this process's share of a step; the next-token loss of the global batch, and its tokens."""
-    counts = [sum(part.targets for part in parts), sum(part.tokens for part in parts)]
+) -> tuple[float, int, int]:
+    """Gradients of this process's share of a step; of the global batch the next-token loss, the tokens, and those of
+    them that go through the model."""
+    counts = [sum(getattr(part, what) for part in parts) for what in ("targets", "tokens", "computed")]
     sharing = [int(len(part.prefix) > 0) for part in parts]
-    targets, tokens, *sharing = _summed(accelerator, torch.tensor([*counts, *sharing], dtype=torch.float64)).tolist()
+    targets, tokens, computed, *sharing = _summed(
+        accelerator, torch.tensor([*counts, *sharing], dtype=torch.float64)
+    ).tolist()
     # all processes run the model equally often, or those that hold a part of it would wait for ever
     parts = [p if n == accelerator.num_processes else p.unshared() for p, n in zip(parts, sharing, strict=True)]
     parts_loss = torch.zeros(1, dtype=torch.float64)
@@ -250,7 +260,7 @@ def _backward(
         # the gates are a graph of their own, shared by the parts of the batch
         (minimised / max(targets, 1)).backward(retain_graph=gating and i + 1 < len(parts))
         parts_loss += float(loss) / max(targets, 1)
-    return float(_summed(accelerator, parts_loss)), int(tokens)
+    return float(_summed(accelerator, parts_loss)), int(tokens), int(computed)
 
 
 def _summed(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -86,6 +86,11 @@ class Workbench:
 
         return next_batches
 
+    def spend(self, stage: str, operations: int) -> None:
+        """Enter floating-point operations into the account of a stage."""
+        account = self.facts.setdefault("operations", {})
+        account[stage] = account.get(stage, 0) + operations
+
     def validation(self, sparsity: float = 0.0) -> list[Batch]:
         """The held-out records, of similar length together."""
         prompt = self.prompt_at(sparsity)
@@ -99,6 +104,7 @@ class Workbench:
             began, tokens = time.perf_counter(), 0
             for row in rows:
                 tokens += row["tokens"]
+                self.spend(stage, row["operations"])
                 metrics.write(json.dumps({"stage": stage, **row}) + "\n")
                 metrics.flush()
                 self.accelerator.log({f"{stage}/{k}": v for k, v in row.items() if not isinstance(v, str)})
