@@ -52,6 +52,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     place = None
     with status(f"loading {start or config.model}"):
         if in_parts(config, accelerator):
+            _check_learned(config)
             with accelerator.main_process_first():
                 place = folder_of(str(start or config.model))
             tokenizer = checkpoint.load_tokenizer(str(place))
@@ -99,6 +100,14 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         {"stored_dtype": stored},
         place,
     )
+
+
+def _check_learned(config: PruneConfig) -> None:
+    if config.method != "l0":
+        raise ValueError(
+            f"--method {config.method} scores whole weights in their own numbers; with --precision 4bit or weights split "
+            "over processes only l0 works"
+        )
 
 
 def in_parts(config: PruneConfig, accelerator: Accelerator) -> bool:

@@ -1,0 +1,226 @@
+"""Compresso against what people use today: the same model, records and number of operations.
+
+python benchmarks/quality.py --budget small --data records.jsonl --data-dir my-data
+python benchmarks/quality.py --recovery none ...       # only the plans, minutes a cell
+
+SmolLM2-135M-Instruct is cut to 20, 30 and 50 % fewer parameters in its layers by every method. Without recovery each
+cell is its plan alone. With recovery a cell may spend a budget of floating-point operations: two for each parameter and
+token in a forward pass, twice that in a backward pass; the passes that calibrate, prune, teach and recover all count.
+`lora` recovers as people do today, next-token loss and no prompt; `ours` as `compresso prune` does. Rivals get the
+better of both allocations. A tenth of the records (128 at most) is held out for the instruction loss.
+
+It resumes: run folders lie in --work, and what is in benchmarks/results/quality.json is not measured again.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import compresso
+from compresso import checkpoint, whole_files
+from compresso.batches import Encoder, batches
+from compresso.chat import prompt_for
+from compresso.config import PruneConfig
+from compresso.methods import METHODS
+from compresso.perplexity import mean_loss, perplexity, text_windows, window_nats
+from compresso.prepare import versions
+from compresso.prompts import find_prompt
+from compresso.records import read_sources
+from compresso.texts import read_text
+from compresso.workbench import compute_dtype, release_memory
+
+RESULT = Path(__file__).parent / "results" / "quality.json"
+BUDGETS = {"small": 9e14, "medium": 4e15}
+"""Operations: about 20 and 90 minutes of training on two cores of the machine that the results are from."""
+PRUNING = 0.5
+"""Share of a budget that learned gates may take; recovery takes the rest."""
+SPARSITIES = (0.2, 0.3, 0.5)
+BATCH, LENGTH = 8, 192
+COMMON = {"batch_size": BATCH, "max_length": LENGTH, "validation_records": 16, "perplexity_windows": 4}
+PLAIN = {"prompt": "none", "distill": 0.0}
+"""How rivals calibrate and recover."""
+SUITE = "piqa,arc_easy,hellaswag,storycloze_2016"
+WINDOWS = 48
+BEST_RIVALS = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: str
+    sparsity: float
+    recovery: str
+    budget: str
+    seed: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"method": self.method, "sparsity": self.sparsity, "recovery": self.recovery} | {
+            "budget": self.budget,
+            "seed": self.seed,
+        }
+
+
+class Lab:
+    """Records, texts and results of one call."""
+
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+        self.work: Path = given.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.train, self.held_out = self._split(given.data)
+        model, self.tokenizer = checkpoint.load("demo")
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.windows = {
+            name: text_windows(read_text(name, given.data_dir)[0], self.tokenizer, WINDOWS)
+            for name in ("wikitext2", "c4")
+        }
+        self.encoder = Encoder(self.tokenizer, LENGTH)
+        self.result = json.loads(RESULT.read_text()) if RESULT.exists() else {"cells": []}
+        self.result["versions"] = versions()
+        if not self.find(Cell("dense", 0.0, "none", "none", 0)):
+            self.keep(Cell("dense", 0.0, "none", "none", 0), self.measure(model, None), {})
+
+    def _split(self, data: str) -> tuple[Path, list]:
+        lines = Path(data).read_text().splitlines()
+        stride = max(10, len(lines) // 128)
+        train = self.work / "train.jsonl"
+        train.write_text("\n".join(line for i, line in enumerate(lines) if i % stride) + "\n")
+        held_out = self.work / "held-out.jsonl"
+        held_out.write_text("\n".join(lines[::stride][:128]) + "\n")
+        return train, read_sources(str(held_out))[0].records
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        return next((c for c in self.result["cells"] if cell.key.items() <= c.items()), None)
+
+    def keep(self, cell: Cell, figures: dict[str, Any], summary: dict[str, Any]) -> None:
+        operations = summary.get("operations", {})
+        self.result["cells"].append(
+            {**cell.key, "flops": sum(operations.values()), "operations": operations, **figures}
+        )
+        self.write()
+
+    def write(self) -> None:
+        whole_files.write(RESULT, f"{json.dumps(self.result, indent=2)}\n".encode())
+
+    def measure(self, model: Any, prompt: Any) -> dict[str, Any]:
+        """Instruction loss with the model's own prompt, perplexities without one."""
+        model = checkpoint.cast(model, compute_dtype("auto", model.device))
+        prompt = prompt or find_prompt("none", "chat")
+        given = batches(self.held_out, self.encoder, prompt, parts=-(-len(self.held_out) // 8))
+        found = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "instruction_loss": mean_loss(model, given),
+        }
+        for name, windows in self.windows.items():
+            found[f"{name}_ppl"] = perplexity(window_nats(model, windows))
+        return found
+
+    def measure_folder(self, folder: Path, seconds: float) -> dict[str, Any]:
+        model, tokenizer = compresso.load(folder)
+        return {**self.measure(model, prompt_for(model, tokenizer, None)), "seconds": seconds}
+
+    def tokens_a_step(self, prompt: str) -> float:
+        """Tokens through the model in a step, the prompt counted once."""
+        found = find_prompt(prompt, "chat").filled(sparsity=0.2, target_sparsity=0.2, parameters=1)
+        records = read_sources(str(self.train))[0].records[:256]
+        whole = statistics.mean(len(self.encoder.encode(r, find_prompt("none", "chat")).ids) for r in records) * BATCH
+        return whole + (len(self.tokenizer(found.body)["input_ids"]) if found.body else 0)
+
+    def run(self, cell: Cell, settings: dict[str, Any]) -> None:
+        """Prune, and recover with what is left of the budget."""
+        folder = self.work / f"{cell.method}-{cell.sparsity:g}-{cell.recovery}-{cell.budget}-{cell.seed}"
+        config = {
+            **COMMON,
+            "model": "demo",
+            "data": str(self.train),
+            "target_sparsity": cell.sparsity,
+            "seed": cell.seed,
+        }
+        config |= {"output": str(folder), "overwrite": True, **settings}
+        defaults = PruneConfig()
+        prompt, distill = config.get("prompt", defaults.prompt), config.get("distill", defaults.distill)
+        tokens = self.tokens_a_step(prompt)
+        began = time.perf_counter()
+        teacher = 2 * self.parameters * tokens if distill else 0
+        if cell.method == "l0":
+            a_step = 6 * self.parameters * tokens + teacher
+            config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))
+        print(f"{cell.key}: {BUDGETS.get(cell.budget, 0):.1e} operations", flush=True)
+        summary = compresso.prune(**config, method=cell.method, recover_steps=0)
+        if cell.recovery != "none":
+            left = BUDGETS[cell.budget] - sum(summary["operations"].values())
+            steps = int(left / (6 * summary["parameters"]["after"] * tokens + teacher))
+            print(f"{cell.key}: {steps} steps of recovery", flush=True)
+            summary = compresso.recover(str(folder), recover_steps=steps)
+        figures = self.measure_folder(folder / "model", time.perf_counter() - began)
+        self.keep(cell, {"prunable_sparsity": summary["sparsity"], **figures}, summary)
+        release_memory()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="records, a .jsonl file")
+    parser.add_argument("--data-dir", type=Path, required=True, help="texts and tasks, as for compresso evaluate")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--budget", choices=BUDGETS, default="small")
+    parser.add_argument("--recovery", choices=("none", "all"), default="all")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--seeds", type=int, default=3, help="for ours and the best rival")
+    parser.add_argument("--suite-limit", type=int, default=100, help="documents a task")
+    given = parser.parse_args()
+    lab = Lab(given)
+    rivals = [name for name in METHODS if name != "l0"]
+    for sparsity in given.sparsities:
+        for name in rivals:
+            for allocation in ("local", "global") if name not in ("random", "shortgpt") else ("auto",):
+                cell = Cell(f"{name} {allocation}".removesuffix(" auto"), sparsity, "none", "none", 0)
+                if not lab.find(cell):
+                    _plan(lab, cell, name, allocation)
+    if given.recovery == "all":
+        for sparsity in given.sparsities:
+            _recovered(lab, given, sparsity, rivals)
+    show(lab.result)
+
+
+def _plan(lab: Lab, cell: Cell, name: str, allocation: str) -> None:
+    lab.run(Cell(name, cell.sparsity, "none", "none", 0), {**PLAIN, "allocation": allocation})
+    lab.result["cells"][-1]["method"] = cell.method
+    lab.write()
+
+
+def _recovered(lab: Lab, given: argparse.Namespace, sparsity: float, rivals: list[str]) -> None:
+    """Ours and the best rivals, seed after seed."""
+    plans = [c for c in lab.result["cells"] if c["recovery"] == "none" and c["sparsity"] == sparsity]
+    best: dict[str, dict] = {}
+    for plan in sorted(plans, key=lambda c: c["wikitext2_ppl"] * c["c4_ppl"], reverse=True):
+        best[plan["method"].split()[0]] = plan
+    ranked = sorted(best.values(), key=lambda c: c["wikitext2_ppl"] * c["c4_ppl"])[:BEST_RIVALS]
+    todo = [(Cell("l0", sparsity, "ours", given.budget, 0), {})]
+    for rank, plan in enumerate(ranked):
+        name, _, allocation = plan["method"].partition(" ")
+        chosen = {"allocation": allocation or "auto"}
+        todo.append((Cell(name, sparsity, "lora", given.budget, 0), {**PLAIN, **chosen}))
+        if rank == 0:
+            todo.append((Cell(name, sparsity, "ours", given.budget, 0), chosen))
+            for seed in range(1, given.seeds):
+                todo.append((Cell(name, sparsity, "lora", given.budget, seed), {**PLAIN, **chosen}))
+    todo += [(Cell("l0", sparsity, "ours", given.budget, seed), {}) for seed in range(1, given.seeds)]
+    for cell, settings in sorted(todo, key=lambda pair: pair[0].seed):
+        if not lab.find(cell):
+            lab.run(cell, settings)
+
+
+def show(result: dict[str, Any]) -> None:
+    columns = ("instruction_loss", "wikitext2_ppl", "c4_ppl")
+    print(f"{'':34}{'loss':>8}{'wikitext2':>12}{'c4':>10}")
+    for c in sorted(result["cells"], key=lambda c: (c["sparsity"], c["budget"], c["recovery"], c["wikitext2_ppl"])):
+        name = f"{c['method']} {100 * c['sparsity']:.0f} % {c['recovery']} {c['budget']} {c['seed']}"
+        print(f"{name:34}" + "".join(f"{c[key]:>10.3f}" for key in columns))
+
+
+if __name__ == "__main__":
+    main()
