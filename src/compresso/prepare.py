@@ -105,7 +105,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
 def _check_learned(config: PruneConfig) -> None:
     if config.method != "l0":
         raise ValueError(
-            f"--method {config.method} scores whole weights in their own numbers; with --precision 4bit or weights split "
+            f"--method {config.method} scores whole weights in their own numbers; with 4-bit weights or weights split "
             "over processes only l0 works"
         )
 
