@@ -141,27 +141,28 @@ def processes_table(found: dict[str, Any]) -> str:
 
 def tricks_table(found: dict[str, Any]) -> str:
     """Quality with and without each of the things that make a step cheap."""
-    lines = [
-        "| | loss on held-out records | perplexity |",
-        "|---|---|---|",
-    ]
-    for variant in dict.fromkeys(cell["variant"] for cell in found["cells"]):
-        cells = [cell for cell in found["cells"] if cell["variant"] == variant]
-        loss, ppl = ([cell[key] for cell in cells] for key in ("loss", "perplexity"))
-        shown = [
-            f"{statistics.mean(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
-            for values, digits in ((loss, 2), (ppl, 1))
+    lines = []
+    for run, settings in found["settings"].items():
+        of_run = [cell for cell in found["cells"] if cell["run"] == run]
+        seeds = len({cell["seed"] for cell in of_run})
+        records = f"{settings['batch_size']} records of at most {settings['max_length']} tokens"
+        target = f"{settings['steps']} steps to {100 * settings['target_sparsity']:.0f} %"
+        lines += [
+            f"{target}, {records}, mean (smallest to largest) of {seeds} seeds, right after cutting:",
+            "",
+            "| | loss on held-out records | perplexity | parameters gone before the last step |",
+            "|---|---|---|---|",
         ]
-        lines.append(f"| {variant} | {' | '.join(shown)} |")
-    settings = found["settings"]
-    seeds = len({cell["seed"] for cell in found["cells"]})
-    lines += [
-        "",
-        f"Mean (smallest to largest) of {seeds} seeds, right after cutting {100 * settings['target_sparsity']:.0f} %; "
-        f"{settings['steps']} steps of {settings['batch_size']} records of at most {settings['max_length']} tokens, "
-        f"torch {found['versions']['torch']}.",
-    ]
-    return "\n".join(lines)
+        for variant in dict.fromkeys(cell["variant"] for cell in of_run):
+            cells = [cell for cell in of_run if cell["variant"] == variant]
+            shown = []
+            for key, digits, unit in (("loss", 2, 1), ("perplexity", 1, 1), ("cut_in_training", 1, 0.01)):
+                values = [cell[key] / unit for cell in cells]
+                ends = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if unit == 1 else " %"
+                shown.append(f"{statistics.mean(values):,.{digits}f}{ends}")
+            lines.append(f"| {variant} | {' | '.join(shown)} |")
+        lines.append("")
+    return "\n".join([*lines, f"torch {found['versions']['torch']}."])
 
 
 def sections() -> dict[str, str]:

@@ -7,6 +7,7 @@ three; layers are alike, so that the rest follows. What is counted is what the r
 import copy
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,11 +26,12 @@ from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.cpu_attention import products
 from compresso.families import family_of
+from compresso.learned import dense
 from compresso.masks import Gates
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import shapes_of
-from compresso.train import recomputed, target_loss
+from compresso.train import Teacher, mixed_loss, recomputed
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
@@ -46,18 +48,20 @@ class Estimate:
     adapters: int
     gates: int
     training: dict[str, int]
-    """Bytes at the peak of a training step, by part."""
+    """Bytes at the peak of a step of pruning, by part."""
+    recovering: dict[str, int]
+    """Bytes at the peak of a step of recovery, by part; nothing if there is none."""
     checking: dict[str, int]
     """Bytes while the cut model is compared with the gated one, by part; in float32 where both are whole."""
     steps: int
     tokens: int
     """Through the model in the whole run and all processes; the shared prompt once a step and process."""
     operations: float
-    """Floating-point operations for them: forward, and backward to the adapters."""
+    """Floating-point operations for them: forward, backward to the adapters, and the teacher's pass."""
 
     @property
     def peak(self) -> int:
-        return max(sum(self.training.values()), sum(self.checking.values()))
+        return max(sum(parts.values()) for parts in (self.training, self.recovering, self.checking))
 
 
 def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Estimate:
@@ -82,16 +86,24 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     layers = whole.get_submodule(family_of(architecture.model_type).layers)
     in_layers = sum(p.numel() for p in layers.parameters())
     weights, kept = _weights(config, dtype, processes, parameters, prunable, in_layers, len(layers))
+    recovering = {}
+    if config.recover_steps:
+        smaller = training_memory(_narrower(architecture, shape, config), dtype, config, prompt_tokens, cpu)
+        smaller.pop("adapter parameters")
+        recovering = {**_two_models(config, kept, dtype), **smaller}
+        if cpu:
+            recovering["gaps between blocks"] = gaps(smaller)
     return Estimate(
         parameters,
         prunable,
         adapters,
         sum(sum(shape.sizes(unit)) for unit in config.units),
         {**weights, **part},
+        recovering,
         kept,
         steps,
         tokens,
-        (6.0 if config.gradient_checkpointing else 4.0) * parameters * tokens,
+        (4.0 + 2.0 * config.gradient_checkpointing + 2.0 * bool(config.distill)) * parameters * tokens,
     )
 
 
@@ -137,7 +149,8 @@ def show(found: Estimate, gpus: int, gpu_memory: float | None, teraflops: float 
         highlight=False,
     )
     table = Table("memory of each process, GB", "", title=None)
-    for stage, parts in (("training", found.training), ("checking", found.checking)):
+    stages = {"pruning": found.training, "recovery": found.recovering, "checking": found.checking}
+    for stage, parts in stages.items():
         table.add_row(Text(stage, style="bold"), f"{sum(parts.values()) / 1e9:,.2f}")
         for name, size in parts.items():
             table.add_row(f"  {name}", f"{size / 1e9:,.2f}")
@@ -195,6 +208,25 @@ def _shares(config: PruneConfig, prompt_tokens: int) -> bool:
     return _rows(config) > 1 and prompt_tokens >= SHARED_PREFIX_FROM
 
 
+def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneConfig) -> PreTrainedConfig:
+    """About what is left: FFN channels removed alone, down to a tenth of them."""
+    smaller = copy.deepcopy(architecture)
+    attention = sum(layer.num_key_value_heads * layer.rows_per_group for layer in shape.layers)
+    mlp = sum(layer.intermediate_size * shape.mlp_matrices for layer in shape.layers)
+    share = max(0.1, 1 - config.target_sparsity * (attention + mlp) / mlp)
+    smaller.intermediate_size = round(architecture.intermediate_size * share)
+    return smaller
+
+
+def _two_models(config: PruneConfig, kept: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the weights in recovery: the cut model, and the dense one where it teaches."""
+    halved = dtype.itemsize / 4  # whole models are compared in float32, and go on in this
+    found = {name.partition(",")[0]: round(size * halved) if "float32" in name else size for name, size in kept.items()}
+    if not config.distill:
+        found.pop("dense model")
+    return found
+
+
 def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     fewer = copy.deepcopy(architecture)
     fewer.num_hidden_layers = layers
@@ -224,9 +256,10 @@ def step_memory(
         reached: list[int] = []
         head = model.get_submodule(family_of(architecture.model_type).head)
         head.register_forward_pre_hook(lambda *_: reached.append(live.now))
+        teacher = Teacher(model, config.distill, partial(dense, wrapped, gates)) if config.distill else None
         with live, products(model, cpu), recomputed(model, config.gradient_checkpointing):
             gates.set({unit: _gate(shape, unit) for unit in config.units})
-            target_loss(model, batch).backward()
+            mixed_loss(model, batch, teacher)[0].backward()
     activations = reached[0]
     return {
         "adapters": bytes_of,

@@ -40,7 +40,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
         shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, config.round_to)
     teacher = None
     if config.distill:
-        teacher = Teacher(inside(wrapped), config.distill, partial(_dense, wrapped, gates))
+        teacher = Teacher(inside(wrapped), config.distill, partial(dense, wrapped, gates))
     rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
     rows = fit(
         bench.accelerator,
@@ -66,7 +66,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
 
 
 @contextmanager
-def _dense(wrapped: PeftModel, gates: Gates) -> Iterator[None]:
+def dense(wrapped: PeftModel, gates: Gates) -> Iterator[None]:
     """Inside, the model in training computes what the dense one did."""
     with wrapped.disable_adapter(), gates.opened():
         yield
