@@ -3,8 +3,9 @@
 python benchmarks/tricks.py              # resumes; writes benchmarks/results/tricks.json
 
 Every variant prunes SmolLM2-135M-Instruct on the demo's data with the same seeds, steps and records a step, and differs
-in one thing. What counts is the loss on held-out records and the perplexity right after cutting; what they save is
-measured by benchmarks/cost.py.
+in one thing; gates all start at one value, and a unit is cut early when its gate is open in less than a tenth of draws,
+unless the variant says otherwise. What counts is the loss on held-out records and the perplexity right after cutting;
+what they save is measured by benchmarks/cost.py.
 """
 
 import argparse
@@ -33,7 +34,7 @@ PATCHES: dict[str, dict[str, object]] = {
     "no shrinking": {"compresso.train.EVERY": 10**9},
     "shrinking by a bound of 0.5": {"compresso.shrink.RARELY_OPEN": 0.5},
 }
-RECORDS = {"max_length": 96, "batch_size": 4}
+RECORDS = {"max_length": 96, "batch_size": 4, "warm_start": False}
 RUNS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "short": ({**RECORDS, "steps": 24, "target_sparsity": 0.2}, tuple(PATCHES)[:5]),
     "long": ({**RECORDS, "steps": 80, "target_sparsity": 0.5}, ("as it is", *tuple(PATCHES)[3:])),
@@ -86,7 +87,7 @@ def main() -> None:
         for seed, variant in itertools.product(seeds, variants):
             if any((cell["run"], cell["variant"], cell["seed"]) == (length, variant, seed) for cell in cells):
                 continue
-            with patched(PATCHES[variant]):
+            with patched({"compresso.shrink.RARELY_OPEN": 0.1} | PATCHES[variant]):
                 cells.append({"run": length, "variant": variant, "seed": seed, **run(settings, seed)})
             result = {"settings": {n: s for n, (s, _) in RUNS.items()}, "versions": versions(), "cells": cells}
             whole_files.write(RESULT, f"{json.dumps(result, indent=2)}\n".encode())

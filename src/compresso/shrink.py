@@ -1,9 +1,9 @@
 """The model shrinks while it learns: groups and channels that are closed for good are cut out of it during the run.
 
-In the hold phase a unit goes when its gate is hardly ever open and it is among those of lowest log_alpha that together
-are no more than the target, which any plan removes first. Matrices, adapters and the optimizer's moments lose its rows
-and columns, so that the steps that follow cost what the smaller model costs. A unit that is cut stays closed: its
-log_alpha is pinned, and the expected sparsity counts it as gone.
+In the hold phase a unit goes when its gate is closed more often than not and it is among those of lowest log_alpha that
+together are no more than the target, which any plan removes first. Matrices, adapters and the optimizer's moments lose
+its rows and columns, so that the steps that follow cost what the smaller model costs. A unit that is cut stays closed:
+its log_alpha is pinned, and the expected sparsity counts it as gone.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from compresso.masks import Gates, Masks
 from compresso.shape import ModelShape, rows_of, sparsity
 
 EVERY = 5  # steps of the hold phase between two cuts
-RARELY_OPEN = 0.1  # P(gate > 0) below which a unit may be cut; LOG.md, 2026-11-25
+RARELY_OPEN = 0.5  # P(gate > 0) below which a unit may be cut; LOG.md, 2026-11-25
 FEW_WIDTHS = 12  # widths of a layer's FFN are rounded up to about this many values; LOG.md, 2026-11-25
 UNITS = ("kv_group", "intermediate")
 
