@@ -279,7 +279,7 @@ def test_a_run_that_stops_keeps_its_last_good_state(checkpoint, data, tmp_path, 
         compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), warm_start=False, **QUICK)
     kept = tmp_path / "run" / "stopped"
     assert all(torch.isfinite(t).all() for t in load_file(kept / "adapter_model.safetensors").values())
-    assert set(load_file(kept / "log_alpha.safetensors")) == {"kv_group", "intermediate", "hidden"}
+    assert set(load_file(kept / "log_alpha.safetensors")) == {"kv_group", "intermediate"}
     assert len(rows(tmp_path / "run", "prune")) == 3
     assert not (tmp_path / "run" / "summary.json").exists()
 

@@ -33,8 +33,9 @@ class PruneConfig:
 
     target_sparsity: float = 0.2
     """Share of the prunable parameters (the decoder layers' matrices) to remove, in (0, 1)."""
-    units: tuple[str, ...] = ("kv_group", "intermediate", "hidden")
-    """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp."""
+    units: tuple[str, ...] = ()
+    """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp; by default kv_group and
+    intermediate, for minitron also hidden."""
     round_to: int = 1
     """Kept FFN widths and the hidden size become multiples of this."""
     method: Literal["l0", "random", "magnitude", "wanda", "flap", "taylor", "taylor2", "minitron", "shortgpt"] = "l0"
@@ -138,6 +139,8 @@ class PruneConfig:
         for name, preset in zip(("steps", "recover_steps"), PRESETS[self.preset], strict=True):
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, preset)
+        if not any(self.units):
+            object.__setattr__(self, "units", UNITS[:3] if self.method == "minitron" else UNITS[:2])
         if not 0 < self.target_sparsity < 1:
             raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
         if unknown := [unit for unit in self.units if unit not in UNITS]:
