@@ -40,11 +40,12 @@ def batch(tokenizer):
     return found
 
 
-def test_gradients_of_gates_are_those_of_the_gates_that_prune(batch):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_gates_are_those_of_the_gates_that_prune(batch, recompute):
     """Record by record, with the hooks that the run itself uses."""
     model = tiny_model("llama", max_position_embeddings=512)
     shape = describe(model)
-    first, second = gate_gradients(model, [batch])
+    first, second = gate_gradients(model, [batch], recompute)
     expected = {unit: [] for unit in first}
     gates = Gates(model, shape)
     for i in range(len(batch.ids)):

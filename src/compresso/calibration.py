@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from compresso.batches import IGNORE, Batch, batches
 from compresso.families import family_of
-from compresso.records import similar_lengths
+from compresso.records import Source, similar_lengths
 from compresso.shape import describe, has
 from compresso.streams import mixed
-from compresso.train import hidden_before_targets, operations, target_loss
+from compresso.train import hidden_before_targets, operations, recomputed, target_loss
 from compresso.workbench import Workbench, progress_bar
 
-AT_ONCE = 8  # records
+AT_ONCE = 8  # records, unless a step of training has fewer
 
 
 @dataclass
@@ -49,10 +49,13 @@ def calibration_batches(bench: Workbench, backward: bool = False) -> list[Batch]
 
     The run's account is charged with a pass over them, or with a backward one too.
     """
-    count = bench.config.calibration_records
-    groups = similar_lengths(mixed(bench.sources, bench.config.seed), AT_ONCE, 4, bench.config.seed)
+    config = bench.config
+    rows = min(AT_ONCE, -(-config.batch_size // config.accumulation))
+    there = [len(source.records) for source in bench.sources if isinstance(source, Source)]
+    count = min([config.calibration_records, *([sum(there)] if there else [])])
+    groups = similar_lengths(mixed(bench.sources, config.seed), rows, 4, config.seed)
     prompt = bench.prompt_at(0.0)
-    taken = itertools.islice(groups, -(-count // AT_ONCE))
+    taken = itertools.islice(groups, -(-count // rows))
     given = [batches(group, bench.encoder, prompt)[0].to(bench.accelerator.device) for group in taken]
     tokens = sum(batch.computed for batch in given)
     bench.spend("calibration", operations(bench.model, tokens, 3 if backward else 1))
@@ -192,43 +195,39 @@ def weight_gradients(
 
 
 def gate_gradients(
-    model: PreTrainedModel, given: Sequence[Batch], closed: dict[str, Tensor] | None = None
+    model: PreTrainedModel, given: Sequence[Batch], recompute: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of the loss with respect to the gates of groups and channels: their mean over records, and that of
     their squares.
 
-    A record's loss is its sum over targets, divided by the mean number of targets. `closed` holds the gates to start
-    from (flat, 0 or 1), all 1 without. Both results are flat tensors by kind of unit; half the mean square estimates
-    what the loss of a trained model gains when the unit goes (Optimal Brain Damage, LeCun et al. 1989, with the Fisher
-    information for the Hessian).
+    A record's loss is its sum over targets, divided by the mean number of targets. Both results are flat tensors by
+    kind of unit; half the mean square estimates what the loss of a trained model gains when the unit goes (Optimal
+    Brain Damage, LeCun et al. 1989, with the Fisher information for the Hessian). `recompute` saves memory, as in
+    training.
     """
     shape = describe(model)
     places = list(output_paths(model))
-    gates = {unit: values.float() for unit, values in shape.open_gates().items()} | (closed or {})
-    split = {unit: values.split(shape.sizes(unit)) for unit, values in gates.items()}
     sums = {unit: [torch.zeros(2, n) for n in shape.sizes(unit)] for unit in ("kv_group", "intermediate")}
     leaves: dict[str, Tensor] = {}
     records = sum(len(batch.ids) for batch in given)
     targets = sum(batch.targets for batch in given) / records
 
-    def multiply(
-        path: str, each: int, start: Tensor, module: nn.Module, args: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        gate = start.to(args[0].device).expand(len(args[0]), 1, -1).clone().requires_grad_()
-        leaves[path] = gate
-        return (args[0] * gate.repeat_interleave(each, -1).to(args[0].dtype), *args[1:])
+    def multiply(path: str, each: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * leaves[path].repeat_interleave(each, -1).to(args[0].dtype), *args[1:])
 
-    handles, width = [], {}
+    handles = []
     for i, unit, path in places:
-        layer = shape.layers[i]
-        width[path] = layer.head_dim * layer.queries_per_group if unit == "kv_group" else 1
-        hook = partial(multiply, path, width[path], split[unit][i])
-        handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
+        each = shape.layers[i].head_dim * shape.layers[i].queries_per_group if unit == "kv_group" else 1
+        handles.append(model.get_submodule(path).register_forward_pre_hook(partial(multiply, path, each)))
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
     try:
         for batch in followed(given):
-            (target_loss(model, batch.unshared()) / targets).backward()
+            for i, unit, path in places:
+                gate = torch.ones(len(batch.ids), 1, shape.sizes(unit)[i], device=batch.ids.device)
+                leaves[path] = gate.requires_grad_()
+            with recomputed(model, recompute):
+                (target_loss(model, batch.unshared()) / targets).backward()
             for i, unit, path in places:
                 gradient = leaves[path].grad
                 assert gradient is not None

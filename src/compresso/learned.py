@@ -32,7 +32,10 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
     if config.warm_start and {"kv_group", "intermediate"} & masks.log_alpha.keys():
-        warm_start(masks, gate_gradients(bench.model, calibration_batches(bench, backward=True))[1])
+        warm_start(
+            masks,
+            gate_gradients(bench.model, calibration_batches(bench, backward=True), config.gradient_checkpointing)[1],
+        )
     wrapped = add_lora(bench.model, config, config.seed)
     gates = Gates(inside(wrapped), shape)
     shrinking = None
