@@ -26,6 +26,7 @@ from compresso.batches import Encoder, batches
 from compresso.chat import prompt_for
 from compresso.config import PruneConfig
 from compresso.methods import METHODS
+from compresso.paired import difference, together
 from compresso.perplexity import mean_loss, perplexity, text_windows, window_nats
 from compresso.prepare import versions
 from compresso.prompts import find_prompt
@@ -130,9 +131,42 @@ class Lab:
         whole = statistics.mean(len(self.encoder.encode(r, find_prompt("none", "chat")).ids) for r in records) * BATCH
         return whole + (len(self.tokenizer(found.body)["input_ids"]) if found.body else 0)
 
+    def folder(self, key: dict[str, Any]) -> Path:
+        parts = (key[name] for name in ("method", "sparsity", "recovery", "budget", "seed"))
+        return self.work / "-".join(str(part).replace(" ", "-") for part in parts)
+
+    def suites(self, sparsity: float) -> None:
+        """Tasks of the recovered models, document by document against ours of the first seed."""
+        cells = [c for c in self.result["cells"] if c["sparsity"] == sparsity and c["recovery"] != "none"]
+        ours = [c for c in cells if c["method"] == "l0" and c["seed"] == 0]
+        if not ours:
+            return
+        names = {str(self.folder(c)): c for c in cells}
+        found = compresso.evaluate(
+            ["demo", *names],
+            suite=SUITE,
+            limit=self.given.suite_limit,
+            data_dir=str(self.given.data_dir),
+            cost=False,
+            output=str(self.work / f"suite-{sparsity:g}.json"),
+        )["results"]
+
+        def scores(name: str) -> list[list[float]]:
+            return [entry["metrics"][entry["metric"]]["scores"] for entry in found[name].values()]
+
+        against = scores(str(self.folder(ours[0])))
+        for name, cell in names.items():
+            own = scores(name)
+            cell["suite"] = statistics.mean(map(statistics.mean, own))
+            if cell is not ours[0]:
+                parts = [difference(a, b) for a, b in zip(against, own, strict=True)]
+                all_tasks = together(parts, [1.0] * len(parts))
+                cell["suite_minus_ours"] = [all_tasks.difference, all_tasks.low, all_tasks.high]
+        self.write()
+
     def run(self, cell: Cell, settings: dict[str, Any]) -> None:
         """Prune, and recover with what is left of the budget."""
-        folder = self.work / f"{cell.method}-{cell.sparsity:g}-{cell.recovery}-{cell.budget}-{cell.seed}"
+        folder = self.folder(cell.key)
         config = {
             **COMMON,
             "model": "demo",
@@ -183,6 +217,7 @@ def main() -> None:
     if given.recovery == "all":
         for sparsity in given.sparsities:
             _recovered(lab, given, sparsity, rivals)
+            lab.suites(sparsity)
     show(lab.result)
 
 

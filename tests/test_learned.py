@@ -172,3 +172,11 @@ def test_a_preset_sets_the_steps_that_are_not_given(preset):
     assert (PruneConfig(preset=preset).steps, PruneConfig(preset=preset).recover_steps) == PRESETS[preset]
     given = PruneConfig(preset=preset, steps=7, recover_steps=0)
     assert (given.steps, given.recover_steps) == (7, 0)
+
+
+def test_a_method_that_trains_nothing_is_checked_in_float32_too(checkpoint, data, tmp_path):
+    """In bf16 a mistake could hide behind rounding."""
+    settings = {**QUICK, "precision": "bf16", "method": "wanda", "recover_steps": 0}
+    summary = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)
+    assert summary["logit_differences"]["gated_extracted"] < 1e-4
+    compresso.load(tmp_path / "run" / "model")  # paths do as well as strings

@@ -70,14 +70,14 @@ def find(model: str, any_family: bool = False) -> str:
 
 
 def load(
-    model: str, dtype: torch.dtype | None = None, any_family: bool = False
+    model: str | Path, dtype: torch.dtype | None = None, any_family: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported family, or of any, and its tokenizer, in `dtype` or the stored one.
 
     Raises FileNotFoundError or ValueError, with what was found and what to do, for
     everything that cannot be loaded.
     """
-    model = find(model, any_family)
+    model = find(str(model), any_family)
     if model.endswith(".gguf"):
         return _load_gguf(Path(model), dtype, any_family)
     try:

@@ -55,6 +55,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     if bench.place:
         smaller, difference = _cut_files(bench, model, plan, plan.sparsity, bench.folder / "cut")
     else:
+        checkpoint.cast(model, torch.float32)  # so that a difference is a mistake and no rounding
         smaller, difference = _extract_checked(bench, model, plan)
         with status("measuring tokens/s, dense and pruned in turn"):
             dtype = compute_dtype(config.precision, bench.accelerator.device)
