@@ -187,7 +187,7 @@ class Lab:
         summary = compresso.prune(**config, method=cell.method, recover_steps=0)
         if cell.recovery != "none":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
-            steps = int(left / (6 * summary["parameters"]["after"] * tokens + teacher))
+            steps = max(1, int(left / (6 * summary["parameters"]["after"] * tokens + teacher)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
         figures = self.measure_folder(folder / "model", time.perf_counter() - began)
