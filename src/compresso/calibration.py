@@ -21,7 +21,7 @@ from compresso.streams import mixed
 from compresso.train import hidden_before_targets, operations, recomputed, target_loss
 from compresso.workbench import Workbench, progress_bar
 
-AT_ONCE = 8  # records, unless a step of training has fewer
+AT_ONCE = 8  # records, in parts where a step of training has fewer
 
 
 @dataclass
@@ -53,10 +53,11 @@ def calibration_batches(bench: Workbench, backward: bool = False) -> list[Batch]
     rows = min(AT_ONCE, -(-config.batch_size // config.accumulation))
     there = [len(source.records) for source in bench.sources if isinstance(source, Source)]
     count = min([config.calibration_records, *([sum(there)] if there else [])])
-    groups = similar_lengths(mixed(bench.sources, config.seed), rows, 4, config.seed)
+    groups = similar_lengths(mixed(bench.sources, config.seed), AT_ONCE, 4, config.seed)
     prompt = bench.prompt_at(0.0)
-    taken = itertools.islice(groups, -(-count // rows))
-    given = [batches(group, bench.encoder, prompt)[0].to(bench.accelerator.device) for group in taken]
+    taken = itertools.islice(groups, -(-count // AT_ONCE))
+    parts = [part for group in taken for part in batches(group, bench.encoder, prompt, -(-AT_ONCE // rows))]
+    given = [part.to(bench.accelerator.device) for part in parts]
     tokens = sum(batch.computed for batch in given)
     bench.spend("calibration", operations(bench.model, tokens, 3 if backward else 1))
     return given
