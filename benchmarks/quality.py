@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,7 @@ class Cell:
 
     @property
     def key(self) -> dict[str, Any]:
-        return {"method": self.method, "sparsity": self.sparsity, "recovery": self.recovery} | {
-            "budget": self.budget,
-            "seed": self.seed,
-        }
+        return asdict(self)
 
 
 class Lab:

@@ -19,18 +19,9 @@ from compresso.prompts import find_prompt
 from compresso.records import parse
 from compresso.shape import describe
 from compresso.train import Teacher, mixed_loss, operations, target_loss
-from tiny import tiny_model
+from tiny import QUICK, tiny_model
 
 RECORDS = [parse({"instruction": "say " * n, "output": "dog " * (8 - n)}) for n in (1, 4, 6)]
-QUICK = {
-    "steps": 8,
-    "recover_steps": 4,
-    "batch_size": 4,
-    "max_length": 48,
-    "prompt": "short",
-    "device": "cpu",
-    "precision": "fp32",
-}
 
 
 @pytest.fixture

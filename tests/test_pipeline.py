@@ -22,17 +22,7 @@ from compresso.masks import Gates, Masks
 from compresso.prepare import prepare
 from compresso.shape import count_prunable, describe
 from compresso.stopping import Stopped
-from tiny import tiny_model
-
-QUICK = {
-    "steps": 8,
-    "recover_steps": 4,
-    "batch_size": 4,
-    "max_length": 48,
-    "prompt": "short",
-    "device": "cpu",
-    "precision": "fp32",
-}
+from tiny import QUICK, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from compresso.calibration import (
     block_influence,
     calibration_batches,
     input_moments,
-    output_paths,
     real_tokens,
     weight_gradients,
 )
@@ -48,13 +47,11 @@ def inputs_of(bench, path):
     """All real inputs of a matrix, record by record without a shared prompt: (N, in)."""
     seen = []
     handle = bench.model.get_submodule(path).register_forward_hook(lambda m, args, out: seen.append(args[0]))
-    counts = []
     for batch in calibration_batches(bench):
         whole = batch.unshared()
         for row, real in zip(whole.ids, real_tokens(whole), strict=True):
             with torch.no_grad():
                 bench.model(row[real][None])
-            counts.append(int(real.sum()))
     handle.remove()
     return [x[0] for x in seen]
 
@@ -64,7 +61,7 @@ def test_moments_are_those_of_the_real_tokens(bench, prompt):
     bench.prompt = replace(bench.prompt, body="" if prompt == "none" else bench.prompt.body)
     path = "model.layers.1.mlp.down_proj"
     given = calibration_batches(bench)
-    found = input_moments(bench.model, given, [path], gram=True)[path]
+    found = input_moments(bench.model, given, gram=True)[path]
     rows = []
     every = iter(inputs_of(bench, path))
     for batch in given:  # a shared prompt counts once a batch
@@ -201,7 +198,7 @@ def test_refit_restores_what_others_can_give(bench):
     gates[:, 24:] = 0
     plan = Plan(shape, {"intermediate": gates.flatten()})
     given = calibration_batches(bench)
-    moments = input_moments(model, given, [path for _, _, path in output_paths(model)], gram=True)
+    moments = input_moments(model, given, gram=True)
     ids = given[0].ids
     with torch.no_grad():
         expected, without = model(ids).logits, extract(model, plan)(ids).logits
@@ -214,7 +211,7 @@ def test_refit_restores_what_others_can_give(bench):
 def test_refit_of_a_whole_plan_changes_nothing(bench):
     model = bench.model
     before = {name: p.clone() for name, p in model.named_parameters()}
-    moments = input_moments(model, calibration_batches(bench), [p for _, _, p in output_paths(model)], gram=True)
+    moments = input_moments(model, calibration_batches(bench), gram=True)
     refit(model, Plan(describe(model), {}), moments)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -231,7 +228,7 @@ def test_biases_stand_in_for_constant_channels(bench):
 
     ids = calibration_batches(bench)[0].ids
     handle = model.get_submodule(path).register_forward_pre_hook(constant)
-    moments = input_moments(model, calibration_batches(bench), [p for _, _, p in output_paths(model)])
+    moments = input_moments(model, calibration_batches(bench))
     with torch.no_grad():
         expected = model(ids).logits
     handle.remove()

@@ -1,10 +1,20 @@
-"""Tiny random models of every family, and random plans for them."""
+"""Tiny random models of every family, random plans for them, and settings of a run that takes seconds."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compresso.plan import Plan
 from compresso.shape import describe
+
+QUICK = {
+    "steps": 8,
+    "recover_steps": 4,
+    "batch_size": 4,
+    "max_length": 48,
+    "prompt": "short",
+    "device": "cpu",
+    "precision": "fp32",
+}
 
 
 def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:

@@ -30,13 +30,9 @@ def uniform(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float
     of = {unit: scores[unit].split(shape.sizes(unit)) for unit in parts if unit in scores}
     for i, layer in enumerate(shape.layers):
         groups, channels = layer.num_key_value_heads, layer.intermediate_size
-        rows = left * (groups * layer.rows_per_group + channels * shape.mlp_matrices)
+        rows = left * (layer.attention_rows + channels * shape.mlp_matrices)
         if "kv_group" in of and groups:
-            share = (
-                left
-                if "intermediate" in of
-                else (rows - channels * shape.mlp_matrices) / (groups * layer.rows_per_group)
-            )
+            share = left if "intermediate" in of else (rows - channels * shape.mlp_matrices) / layer.attention_rows
             groups = min(groups, max(1, math.ceil(groups * share - 1e-9)))
             parts["kv_group"].append(best(of["kv_group"][i], groups))
         else:
@@ -60,19 +56,12 @@ def standardised(shape: ModelShape, scores: dict[str, Tensor]) -> dict[str, Tens
 
 def whole_layers(shape: ModelShape, scores: Tensor, target_sparsity: float) -> Plan:
     """Without the layers of lowest score (L,), as many as come nearest to the target; at least one stays."""
-    sizes = [
-        la.num_key_value_heads * la.rows_per_group + la.intermediate_size * shape.mlp_matrices for la in shape.layers
-    ]
-    gone: list[int] = []
-    best_gone: list[int] = []
-    for layer in scores.argsort(stable=True)[:-1].tolist():
-        gone = [*gone, layer]
-        if abs(sum(sizes[i] for i in gone) - target_sparsity * sum(sizes)) < abs(
-            sum(sizes[i] for i in best_gone) - target_sparsity * sum(sizes)
-        ):
-            best_gone = gone
+    sizes = torch.tensor([la.attention_rows + la.intermediate_size * shape.mlp_matrices for la in shape.layers])
+    order = scores.argsort(stable=True)
+    removed = torch.cat([sizes.new_zeros(1), sizes[order[:-1]].cumsum(0)])  # by the first 0, 1, 2, ... of them
+    count = int((removed - target_sparsity * float(sizes.sum())).abs().argmin())
     stays = torch.ones(len(scores), dtype=torch.float64)
-    stays[best_gone] = 0
+    stays[order[:count]] = 0
     return Plan(shape, {"attention": stays, "mlp": stays})
 
 

@@ -4,13 +4,15 @@ Every process of a launch looks at the same records, so that all of them come to
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from compresso.batches import IGNORE, Batch, batches
@@ -87,6 +89,16 @@ def output_paths(model: PreTrainedModel) -> Iterator[tuple[int, str, str]]:
                 yield i, unit, f"{family.layers}.{i}.{path}"
 
 
+@contextmanager
+def _removing(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Take hooks away at the end, however it comes."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def _watch(
     model: PreTrainedModel,
@@ -107,19 +119,17 @@ def _watch(
         module.register_forward_hook(lambda _, args, out, name=name: hook(name, args, out))
         for name, module in modules.items()
     ]
-    try:
+    with _removing(handles):
         for batch in followed(given):
             real = real_tokens(batch)
             hidden_before_targets(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def input_moments(
-    model: PreTrainedModel, given: Sequence[Batch], paths: Sequence[str], gram: bool = False
-) -> dict[str, Moments]:
-    """Moments of the inputs of these linear modules over the batches' tokens; a shared prompt counts once a batch."""
+def input_moments(model: PreTrainedModel, given: Sequence[Batch], gram: bool = False) -> dict[str, Moments]:
+    """Moments of the inputs of all output matrices (`output_paths`) over the batches' tokens, by path.
+
+    A shared prompt counts once a batch.
+    """
     found: dict[str, Moments] = {}
 
     def see(name: str, x: Tensor, out: Tensor) -> None:
@@ -135,7 +145,7 @@ def input_moments(
         if moments.gram is not None:
             moments.gram += exact.T @ exact
 
-    _watch(model, given, {path: model.get_submodule(path) for path in paths}, see)
+    _watch(model, given, {path: model.get_submodule(path) for _, _, path in output_paths(model)}, see)
     return found
 
 
@@ -170,6 +180,19 @@ def block_influence(model: PreTrainedModel, given: Sequence[Batch]) -> Tensor:
     return total / tokens
 
 
+@contextmanager
+def _learning_only(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
+    """Inside, gradients go to these parameters and no others; afterwards to those that had them before."""
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in names)
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(wanted[name])
+
+
 def weight_gradients(
     model: PreTrainedModel, given: Sequence[Batch], names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -177,10 +200,7 @@ def weight_gradients(
     parameters = {name: model.get_parameter(name) for name in names}
     first = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     second = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in parameters)
+    with _learning_only(model, parameters):
         for batch in followed(given):
             (target_loss(model, batch) / max(batch.targets, 1)).backward()
             for name, p in parameters.items():
@@ -189,9 +209,6 @@ def weight_gradients(
                     first[name] += gradient / len(given)
                     second[name] += gradient.square() / len(given)
                 p.grad = None
-    finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(wanted[name])
     return first, second
 
 
@@ -218,11 +235,9 @@ def gate_gradients(
 
     handles = []
     for i, unit, path in places:
-        each = shape.layers[i].head_dim * shape.layers[i].queries_per_group if unit == "kv_group" else 1
-        handles.append(model.get_submodule(path).register_forward_pre_hook(partial(multiply, path, each)))
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
-    try:
+        hook = partial(multiply, path, shape.layers[i].columns(unit))
+        handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
+    with _learning_only(model, ()), _removing(handles):
         for batch in followed(given):
             for i, unit, path in places:
                 gate = torch.ones(len(batch.ids), 1, shape.sizes(unit)[i], device=batch.ids.device)
@@ -234,11 +249,6 @@ def gate_gradients(
                 assert gradient is not None
                 found = gradient[:, 0].float().cpu()
                 sums[unit][i] += torch.stack([found.sum(0), found.square().sum(0)]) / records
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, p in model.named_parameters():
-            p.requires_grad_(wanted[name])
     if not all(torch.isfinite(both).all() for parts in sums.values() for both in parts):
         raise ValueError("the model's gradients are not numbers (NaN or infinite); its weights may be damaged")
     first, second = ({unit: torch.cat([both[k] for both in parts]) for unit, parts in sums.items()} for k in range(2))

@@ -211,7 +211,7 @@ def _shares(config: PruneConfig, prompt_tokens: int) -> bool:
 def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneConfig) -> PreTrainedConfig:
     """About what is left: FFN channels removed alone, down to a tenth of them."""
     smaller = copy.deepcopy(architecture)
-    attention = sum(layer.num_key_value_heads * layer.rows_per_group for layer in shape.layers)
+    attention = sum(layer.attention_rows for layer in shape.layers)
     mlp = sum(layer.intermediate_size * shape.mlp_matrices for layer in shape.layers)
     share = max(0.1, 1 - config.target_sparsity * (attention + mlp) / mlp)
     smaller.intermediate_size = round(architecture.intermediate_size * share)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from compresso import scores
 from compresso.allocation import standardised, uniform, whole_layers
-from compresso.calibration import block_influence, calibration_batches, input_moments, output_paths
+from compresso.calibration import block_influence, calibration_batches, input_moments
 from compresso.learned import l0
 from compresso.plan import Plan, select
 from compresso.repair import add_biases
@@ -37,8 +37,8 @@ def one_shot(
 
 def flap(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     """Fluctuation, one threshold for all layers, and the mean of what was removed as a bias (arXiv 2312.11983)."""
-    model, plan = one_shot(bench, scores.flap, "global")
-    moments = input_moments(model, calibration_batches(bench), [path for _, _, path in output_paths(model)])
+    moments = input_moments(bench.model, calibration_batches(bench))
+    model, plan = one_shot(bench, partial(scores.flap, moments=moments), "global")
     if not add_biases(model, plan, {path: found.mean for path, found in moments.items()}):
         console.print(f"{model.config.model_type} has no place for FLAP's biases; its units are removed without them.")
     return model, plan

@@ -127,7 +127,7 @@ class _Removal:
         self.shape = shape
         self.gates = {unit: list(g.split(shape.sizes(unit))) for unit, g in shape.open_gates().items()}
         self.hidden = shape.hidden_size
-        self.attention = [layer.num_key_value_heads * layer.rows_per_group for layer in shape.layers]
+        self.attention = [layer.attention_rows for layer in shape.layers]
         self.mlp = [layer.intermediate_size * shape.mlp_matrices for layer in shape.layers]
         self.rows = sum(self.attention) + sum(self.mlp)
         self.before = self.hidden * self.rows

@@ -15,9 +15,7 @@ def kept_columns(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     """For every matrix that units feed, the columns whose units stay."""
     found = {}
     for i, unit, path in output_paths(model):
-        layer = plan.shape.layers[i]
-        each = layer.head_dim * layer.queries_per_group if unit == "kv_group" else 1
-        found[path] = rows_of(plan.keep[unit][i], each)
+        found[path] = rows_of(plan.keep[unit][i], plan.shape.layers[i].columns(unit))
     return found
 
 

@@ -46,13 +46,13 @@ def wanda(bench: Workbench) -> Scores:
     return _of_columns(bench, score)
 
 
-def flap(bench: Workbench) -> Scores:
+def flap(bench: Workbench, moments: dict[str, Moments] | None = None) -> Scores:
     """Fluctuation: variance of an input times the squared norm of its column (WIFV, arXiv 2312.11983, equation 5)."""
 
     def score(weight: Tensor, moments: Moments) -> Tensor:
         return weight.square().sum(0) * moments.variance
 
-    return _of_columns(bench, score)
+    return _of_columns(bench, score, moments)
 
 
 def taylor(bench: Workbench) -> Scores:
@@ -83,7 +83,7 @@ def minitron(bench: Workbench) -> Scores:
         if has(layer, path)
     ]
     hidden = torch.stack([*output_norms(model, given, [*norms, family.final_norm]).values()]).sum(0)
-    moments = input_moments(model, given, [path for _, _, path in output_paths(model)])
+    moments = input_moments(model, given)
     parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
     for i, unit, path in output_paths(model):
         found = moments[path]
@@ -94,13 +94,15 @@ def minitron(bench: Workbench) -> Scores:
     return {**{unit: torch.cat(values).cpu() for unit, values in parts.items()}, "hidden": hidden.cpu()}
 
 
-def _of_columns(bench: Workbench, score: Callable[[Tensor, Moments], Tensor]) -> Scores:
-    """Scores of the columns of the output matrices, summed over those of a group."""
+def _of_columns(
+    bench: Workbench, score: Callable[[Tensor, Moments], Tensor], moments: dict[str, Moments] | None = None
+) -> Scores:
+    """Scores of the columns of the output matrices, summed over those of a group; moments are measured if need be."""
     model = bench.model
-    shape, places = describe(model), list(output_paths(model))
-    moments = input_moments(model, calibration_batches(bench), [path for _, _, path in places])
+    shape = describe(model)
+    moments = moments or input_moments(model, calibration_batches(bench))
     parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
-    for i, unit, path in places:
+    for i, unit, path in output_paths(model):
         columns = score(model.get_submodule(path).weight.detach().float(), moments[path])
         if unit == "kv_group":
             columns = columns.view(shape.layers[i].num_key_value_heads, -1).sum(1)

@@ -32,6 +32,15 @@ class LayerShape:
         """Rows of q, k, v and columns of o that one group owns."""
         return (2 * self.queries_per_group + 2) * self.head_dim
 
+    @property
+    def attention_rows(self) -> int:
+        """Those of all groups."""
+        return self.num_key_value_heads * self.rows_per_group
+
+    def columns(self, unit: str) -> int:
+        """Columns of the matrix behind it that one group or one FFN channel owns."""
+        return self.head_dim * self.queries_per_group if unit == "kv_group" else 1
+
 
 @dataclass(frozen=True)
 class ModelShape:
