@@ -49,9 +49,11 @@ def finish(started: subprocess.Popen) -> str:
         return started.communicate()[0] + "\nIT DID NOT END"
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(checkpoint, data, tmp_path):
-    started = launch(checkpoint, data, tmp_path / "two", batch_size=3)
-    compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "one"), batch_size=6, **SETTINGS)
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_two_processes_equal_one_with_the_same_global_batch(checkpoint, data, tmp_path, tune):
+    started = launch(checkpoint, data, tmp_path / "two", batch_size=3, tune=tune)
+    together = {**SETTINGS, "batch_size": 6, "tune": tune}
+    compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "one"), **together)
     said = finish(started)
     assert started.returncode == 0, said
     assert said.count("largest logit difference") == 1, "one process speaks for all"
@@ -82,7 +84,7 @@ def test_weights_split_over_two_processes_give_what_one_process_gives(data, toke
     checkpoint = tmp_path / "dense"
     tiny_model(model_type, max_position_embeddings=512).save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    settings = {"shrink": False, **settings}
+    settings = {"shrink": False, "tune": "lora", **settings}
     started = launch(checkpoint, data, tmp_path / "two", batch_size=3, sharded=True, **settings)
     together = {**SETTINGS, **settings}
     one = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "one"), batch_size=6, **together)
@@ -107,7 +109,7 @@ def test_weights_split_over_two_processes_give_what_one_process_gives(data, toke
 
 def test_a_process_that_dies_stops_the_other_and_leaves_what_was_whole(checkpoint, data, tmp_path):
     run = tmp_path / "run"
-    started = launch(checkpoint, data, run, batch_size=3, steps=100000)
+    started = launch(checkpoint, data, run, batch_size=3, steps=100000, tune="lora")
     try:
         metrics = run / "metrics.jsonl"
         for _ in range(1200):

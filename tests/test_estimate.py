@@ -2,11 +2,12 @@
 
 import shutil
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
-from compresso import describe
+from compresso import describe, tuning
 from compresso.adapters import add_lora, inside
 from compresso.batches import Batch, before_targets
 from compresso.cli import main
@@ -17,12 +18,12 @@ from compresso.masks import Gates
 from compresso.train import target_loss
 from tiny import tiny_model
 
-CONFIG = PruneConfig(batch_size=3, max_length=40)
+CONFIG = PruneConfig(batch_size=3, max_length=40, tune="lora")
 
 
-def counted(model, prompt):
+def counted(model, prompt, tune):
     """Bytes at the peak of a real step."""
-    wrapped = inside(add_lora(model, CONFIG, 0)).train()
+    wrapped = inside(tuning.start(model, tune, CONFIG, 0)).train()
     shape = describe(wrapped)
     gates = Gates(wrapped, shape)
     ids = torch.arange(120).view(3, 40)
@@ -35,10 +36,11 @@ def counted(model, prompt):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("prompt", [0, 30])
-def test_a_step_without_numbers_keeps_what_a_real_one_keeps(model_type, prompt):
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_step_without_numbers_keeps_what_a_real_one_keeps(model_type, prompt, tune):
     model = tiny_model(model_type)
-    found = step_memory(model.config, torch.float32, CONFIG, prompt)
-    expected = counted(model, prompt)
+    found = step_memory(model.config, torch.float32, replace(CONFIG, tune=tune), prompt)
+    expected = counted(model, prompt, tune)
     actual = found["activations"] + found["logits and backward"] + found["gradients"]
     if prompt:
         assert actual == pytest.approx(expected, rel=0.001)
@@ -48,7 +50,7 @@ def test_a_step_without_numbers_keeps_what_a_real_one_keeps(model_type, prompt):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_and_three_layers_tell_of_more(checkpointing):
-    config = PruneConfig(batch_size=3, max_length=40, gradient_checkpointing=checkpointing)
+    config = replace(CONFIG, gradient_checkpointing=checkpointing)
     architecture = tiny_model("llama", num_hidden_layers=7).config
     two, three, seven = (
         step_memory(_with_layers(architecture, n), torch.bfloat16, config, 20)["activations"] for n in (2, 3, 7)
@@ -60,9 +62,13 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(checkpoint / "config.json", bare)
-    found = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none"))
+    of_all = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none"))
+    found = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", tune="lora"))
+    assert of_all.learned == sum(p.numel() for p in tiny_model("llama", vocab_size=300).model.layers.parameters())
+    assert of_all.training["optimizer"] == 2 * of_all.training["float32 copies"] == 8 * of_all.learned
+    assert of_all.operations == 1.5 * found.operations
     model = tiny_model("llama", vocab_size=300)
-    assert found.adapters == sum(p.numel() for p in add_lora(model, CONFIG, 0).parameters() if p.requires_grad)
+    assert found.learned == sum(p.numel() for p in add_lora(model, CONFIG, 0).parameters() if p.requires_grad)
     assert found.steps == 15
     assert found.tokens == 15 * 8 * 256
     assert found.training["weights"] == 2 * found.parameters

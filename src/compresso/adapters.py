@@ -42,15 +42,16 @@ def add_lora(model: PreTrainedModel, config: PruneConfig, seed: int) -> PeftMode
     return wrapped
 
 
-def inside(wrapped: PeftModel) -> PreTrainedModel:
-    """The causal language model that carries the adapters."""
-    return typing.cast(PreTrainedModel, wrapped.get_base_model())
+def inside(wrapped: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model that carries the adapters, if there are any."""
+    return typing.cast(PreTrainedModel, wrapped.get_base_model()) if isinstance(wrapped, PeftModel) else wrapped
 
 
-def merge(wrapped: PeftModel) -> PreTrainedModel:
-    """Fold LoRA into the weights, in float32, and give back the stock model."""
+def merge(wrapped: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Fold LoRA, if there is any, into the weights, and give back the stock model, in float32 and frozen."""
     cast(inside(wrapped), torch.float32)
-    return wrapped.merge_and_unload()
+    model = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
+    return model.requires_grad_(False)
 
 
 def factors(wrapped: nn.Module) -> dict[str, Adapter]:

@@ -80,7 +80,7 @@ class PruneConfig:
     """How long to learn, in steps of pruning and of recovery: fast 150 and 150, default 600 and 600, best 3,000 and
     3,000. With records of 256 tokens in batches of 8, that is at most 0.6, 2.5 or 12 M tokens of records."""
     steps: int = -1
-    """Optimizer steps of pruning: LoRA alone, then the ramp of the target, then the hold; -1: as the preset says."""
+    """Optimizer steps of pruning: without gates, then the ramp of the target, then the hold; -1: as the preset says."""
     lora_only: float = 0.1
     """Share of the steps before gates act."""
     hold: float = 0.35
@@ -88,19 +88,22 @@ class PruneConfig:
     schedule: Literal["linear", "cubic"] = "linear"
     """How the target rises during the ramp."""
     recover_steps: int = -1
-    """Optimizer steps of LoRA training on the smaller model; 0 skips it; -1: as the preset says."""
+    """Optimizer steps of training the smaller model; 0 skips it; -1: as the preset says."""
     batch_size: int = 8
     """Records per optimizer step and process."""
     accumulation: int = 1
     """Parts that a batch is split into to save memory."""
     distill: float = 0.0
     """Share of the distance to the dense model's predictions in the loss, in [0, 1]."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of LoRA; it decays by a cosine."""
+    tune: Literal["auto", "lora", "full"] = "auto"
+    """What learns in pruning and recovery: LoRA adapters, or all weights of the decoder layers, which is better and
+    takes 14 bytes of memory for each. auto: all weights of models up to 1 B parameters, LoRA for larger ones."""
+    learning_rate: float | None = None
+    """Peak learning rate; it decays by a cosine. By default 1e-3 for LoRA, 2e-4 for all weights."""
     gate_learning_rate: float | None = None
     """Step size of log_alpha; by default as much as crosses its range within the run."""
     clip: float = 1.0
-    """Largest norm of the LoRA gradient."""
+    """Largest norm of the gradient, the gates' aside."""
     lora_rank: int = 8
     """Rank of LoRA."""
     lora_alpha: float = 16
@@ -180,6 +183,7 @@ class PruneConfig:
             "tracker": ("none", "tensorboard", "wandb"),
             "method": typing.get_args(PruneConfig.__annotations__["method"]),
             "allocation": ("auto", "local", "global"),
+            "tune": ("auto", "lora", "full"),
             "preset": tuple(PRESETS),
         }
         for name, allowed in choices.items():

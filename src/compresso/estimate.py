@@ -6,11 +6,12 @@ three; layers are alike, so that the rest follows. What is counted is what the r
 
 import copy
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, PreTrainedConfig
 
-from compresso import checkpoint
-from compresso.adapters import add_lora, inside
+from compresso import checkpoint, tuning
+from compresso.adapters import inside
 from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.cpu_attention import products
@@ -35,6 +36,7 @@ from compresso.train import Teacher, mixed_loss, recomputed
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
+LASTING = ("adapters", "float32 copies", "optimizer")  # parts of a step's memory
 GAPS = 0.34  # of a step's memory on a CPU: measured for two shapes, checked on a third (LOG.md, 2026-11-25)
 BITS = 4.127  # of an NF4 number with its scales (QLoRA, arXiv 2305.14314, section 3)
 
@@ -45,7 +47,10 @@ class Estimate:
 
     parameters: int
     prunable: int
-    adapters: int
+    tune: str
+    """What learns: `lora` or `full`."""
+    learned: int
+    """Parameters that learn."""
     gates: int
     training: dict[str, int]
     """Bytes at the peak of a step of pruning, by part."""
@@ -57,7 +62,7 @@ class Estimate:
     tokens: int
     """Through the model in the whole run and all processes; the shared prompt once a step and process."""
     operations: float
-    """Floating-point operations for them: forward, backward to the adapters, and the teacher's pass."""
+    """Floating-point operations for them: forward, backward (to all weights or the adapters), the teacher's pass."""
 
     @property
     def peak(self) -> int:
@@ -76,8 +81,10 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     whole = shapes_of(architecture, dtype)
     shape = describe(whole)
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
+    tune = tuning.chosen(config, parameters, not config.sharded and config.precision != "4bit")
+    config = replace(config, tune=tune)
     part = training_memory(architecture, dtype, config, prompt_tokens, cpu)
-    adapters = part.pop("adapter parameters")
+    learned = part.pop("parameters that learn")
     if cpu:
         part["gaps between blocks"] = gaps(part)
     steps = config.steps + config.recover_steps
@@ -86,30 +93,34 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     layers = whole.get_submodule(family_of(architecture.model_type).layers)
     in_layers = sum(p.numel() for p in layers.parameters())
     weights, kept = _weights(config, dtype, processes, parameters, prunable, in_layers, len(layers))
+    if config.distill and tune == "full":
+        weights["dense model, to learn from"] = weights["weights"]
+    passes = 2 + (tune == "full") + config.gradient_checkpointing + bool(config.distill)
     recovering = {}
     if config.recover_steps:
         smaller = training_memory(_narrower(architecture, shape, config), dtype, config, prompt_tokens, cpu)
-        smaller.pop("adapter parameters")
+        smaller.pop("parameters that learn")
         recovering = {**_two_models(config, kept, dtype), **smaller}
         if cpu:
             recovering["gaps between blocks"] = gaps(smaller)
     return Estimate(
         parameters,
         prunable,
-        adapters,
+        tune,
+        learned,
         sum(sum(shape.sizes(unit)) for unit in config.units),
         {**weights, **part},
         recovering,
         kept,
         steps,
         tokens,
-        (4.0 + 2.0 * config.gradient_checkpointing + 2.0 * bool(config.distill)) * parameters * tokens,
+        2.0 * passes * parameters * tokens,
     )
 
 
 def gaps(parts: dict[str, int]) -> int:
-    """Bytes that glibc keeps between blocks of a step's tensors (not of weights, which come and go once)."""
-    return round(GAPS * sum(parts.values()))
+    """Bytes that glibc keeps between blocks of a step's tensors (not of what is there through all steps)."""
+    return round(GAPS * sum(size for name, size in parts.items() if name not in LASTING))
 
 
 def _weights(
@@ -145,7 +156,8 @@ def show(found: Estimate, gpus: int, gpu_memory: float | None, teraflops: float 
     """Print an estimate; `gpu_memory` in GB, `teraflops` that each GPU sustains."""
     console.print(
         f"{found.parameters / 1e9:,.2f} B parameters, {found.prunable / 1e9:,.2f} B of them prunable, "
-        f"{found.gates:,} gates, {found.adapters / 1e6:,.1f} M parameters of LoRA",
+        f"{found.gates:,} gates, {found.learned / 1e6:,.1f} M parameters that learn"
+        f"{' (LoRA)' if found.tune == 'lora' else ''}",
         highlight=False,
     )
     table = Table("memory of each process, GB", "", title=None)
@@ -239,13 +251,16 @@ def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfi
 def step_memory(
     architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int, cpu: bool = False
 ) -> dict[str, int]:
-    """Bytes that one training step of this model takes beyond its weights, by part; every record at its full length."""
+    """Bytes that one training step of this model takes beyond its weights, by part; every record at its full length.
+
+    `config.tune` must say what learns: `lora` or `full`.
+    """
     with torch.device("meta"):
-        wrapped = add_lora(shapes_of(architecture, dtype), config, config.seed)
+        wrapped = tuning.start(shapes_of(architecture, dtype), config.tune, config, config.seed)
     model = inside(wrapped).train()
     shape = describe(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    adapters = sum(p.numel() for p in trained)
+    learned = sum(p.numel() for p in trained)
     bytes_of = sum(p.numel() * p.element_size() for p in trained)
     batch = _batch(_rows(config), config.max_length, prompt_tokens, _shares(config, prompt_tokens))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -256,19 +271,28 @@ def step_memory(
         reached: list[int] = []
         head = model.get_submodule(family_of(architecture.model_type).head)
         head.register_forward_pre_hook(lambda *_: reached.append(live.now))
-        teacher = Teacher(model, config.distill, partial(dense, wrapped, gates)) if config.distill else None
+        teacher = None
+        if config.distill and isinstance(wrapped, PeftModel):
+            teacher = Teacher(model, config.distill, partial(dense, wrapped, gates))
         with live, products(model, cpu), recomputed(model, config.gradient_checkpointing):
             gates.set({unit: _gate(shape, unit) for unit in config.units})
             mixed_loss(model, batch, teacher)[0].backward()
     activations = reached[0]
     return {
-        "adapters": bytes_of,
-        "optimizer": 2 * bytes_of,
+        **_learners(trained, config.tune),
+        "optimizer": 8 * learned,
         "gradients": bytes_of,
         "activations": activations,
         "logits and backward": live.peak - activations - bytes_of,
-        "adapter parameters": adapters,
+        "parameters that learn": learned,
     }
+
+
+def _learners(trained: list[Tensor], tune: str) -> dict[str, int]:
+    """Bytes of what learns beyond the model's own weights."""
+    if tune == "lora":
+        return {"adapters": sum(p.numel() * p.element_size() for p in trained)}
+    return {"float32 copies": 4 * sum(p.numel() for p in trained if p.dtype != torch.float32)}
 
 
 def _gate(shape: ModelShape, unit: str) -> Tensor:

@@ -1,5 +1,6 @@
-"""The paper's method: hard concrete gates trained together with LoRA under a sparsity constraint."""
+"""The paper's method: hard concrete gates trained under a sparsity constraint, together with LoRA or all weights."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresso import hard_concrete
-from compresso.adapters import add_lora, inside, merge
+from compresso import hard_concrete, tuning
+from compresso.adapters import inside, merge
 from compresso.calibration import calibration_batches, gate_gradients
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule, shift
 from compresso.masks import Gates, Masks, gated
@@ -26,7 +27,7 @@ SPREAD = 2.0  # of log_alpha at a warm start, in units of a logistic distributio
 
 
 def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
-    """Hard concrete gates trained with LoRA under a sparsity constraint (Compresso, arXiv 2310.05015)."""
+    """Hard concrete gates trained with the model under a sparsity constraint (Compresso, arXiv 2310.05015)."""
     config = bench.config
     shape = describe(bench.model)
     schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
@@ -36,21 +37,24 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
             masks,
             gate_gradients(bench.model, calibration_batches(bench, backward=True), config.gradient_checkpointing)[1],
         )
-    wrapped = add_lora(bench.model, config, config.seed)
-    gates = Gates(inside(wrapped), shape)
-    shrinking = None
-    if config.shrink and not config.distill and not bench.place:  # nothing of a teacher, or of layers in parts, is cut
-        shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, config.round_to)
     teacher = None
-    if config.distill:
+    if config.distill and bench.tune == "full":
+        teacher = Teacher(copy.deepcopy(bench.model).requires_grad_(False), config.distill)
+    wrapped = tuning.start(bench.model, bench.tune, config, config.seed)
+    gates = Gates(inside(wrapped), shape)
+    if config.distill and isinstance(wrapped, PeftModel):
         teacher = Teacher(inside(wrapped), config.distill, partial(dense, wrapped, gates))
+    shrinking = None
+    own_teacher = teacher is not None and teacher.model is inside(wrapped)
+    if config.shrink and not own_teacher and not bench.place:  # nothing of a teacher, or of layers in parts, is cut
+        shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, config.round_to)
     rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
     rows = fit(
         bench.accelerator,
         inside(wrapped),
         bench.batches(config.seed),
         steps=config.steps,
-        learning_rate=config.learning_rate,
+        learning_rate=tuning.learning_rate(config, bench.tune),
         clip=config.clip,
         seed=config.seed,
         recompute=config.gradient_checkpointing,

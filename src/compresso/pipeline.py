@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compresso import checkpoint, whole_files
+from compresso import checkpoint, tuning, whole_files
 from compresso import plan as plans
-from compresso.adapters import add_lora, factors, inside, merge
+from compresso.adapters import factors, inside, merge
 from compresso.chat import answer
 from compresso.config import PruneConfig, read_yaml
 from compresso.cost import measure_costs
@@ -202,16 +202,16 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: 
 
 
 def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict[str, Any]) -> None:
-    """Train LoRA on the smaller model, merge it, score the result and save it."""
+    """Train the smaller model, or LoRA on it; score the result and save it."""
     config, folder = bench.config, bench.folder / "model"
     teacher = Teacher(_dense(bench), config.distill) if config.distill else None
-    wrapped = add_lora(model, config, config.seed + 1)
+    wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
     rows = fit(
         bench.accelerator,
         inside(wrapped),
         bench.batches(config.seed + 1),
         steps=config.recover_steps,
-        learning_rate=config.learning_rate,
+        learning_rate=tuning.learning_rate(config, bench.tune),
         clip=config.clip,
         seed=config.seed + 1,
         teacher=teacher,

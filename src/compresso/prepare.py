@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from compresso import checkpoint, demo, quantised, sharded
+from compresso import checkpoint, demo, quantised, sharded, tuning
 from compresso import plan as plans
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
@@ -53,6 +53,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     with status(f"loading {start or config.model}"):
         if in_parts(config, accelerator):
             _check_learned(config)
+            tuning.chosen(config, 0, whole=False)
             with accelerator.main_process_first():
                 place = folder_of(str(start or config.model))
             tokenizer = checkpoint.load_tokenizer(str(place))
@@ -97,6 +98,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         windows,
         parameters,
         count_prunable(model),
+        tuning.chosen(config, parameters, place is None),
         {"stored_dtype": stored},
         place,
     )

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from compresso import hard_concrete
 from compresso.adapters import ADAPTER
+from compresso.exact_adamw import ExactAdamW
 from compresso.families import family_of
 from compresso.masks import Gates, Masks
 from compresso.shape import ModelShape, rows_of, sparsity
@@ -37,7 +37,7 @@ class Shrinking:
         self._kept = {unit: [torch.arange(n) for n in self.shape.sizes(unit)] for unit in UNITS}
 
     @torch.no_grad()
-    def cut(self, optimizer: Optimizer) -> int:
+    def cut(self, optimizer: ExactAdamW) -> int:
         """Take out what is closed for good; the number of units that went."""
         went = 0
         for unit, closed in self._closed().items():
@@ -105,19 +105,19 @@ class Shrinking:
                         setattr(matrix, name, nn.Parameter(whole, requires_grad=left.requires_grad))
                     matrix.out_features, matrix.in_features = matrix.weight.shape
 
-    def _narrow(self, unit: str, layer: int, stays: Tensor, optimizer: Optimizer) -> None:
+    def _narrow(self, unit: str, layer: int, stays: Tensor, optimizer: ExactAdamW) -> None:
         """Keep these of the layer's present units."""
         for module, dim, each in self._matrices(unit, layer):
             places = rows_of(stays, each)
             matrix = getattr(module, "base_layer", module)
-            adapter = () if matrix is module else (module.lora_A[ADAPTER] if dim else module.lora_B[ADAPTER],)
+            adapter: tuple = () if matrix is module else (module.lora_A[ADAPTER] if dim else module.lora_B[ADAPTER],)
             for part in (matrix, *adapter):
                 for name in _along(part, dim):
                     old = getattr(part, name)
                     new = nn.Parameter(old.index_select(dim, places.to(old.device)), requires_grad=old.requires_grad)
                     setattr(part, name, new)
                     if old.requires_grad:
-                        _exchange(optimizer, old, new, dim, places.to(old.device))
+                        optimizer.exchange(old, new, dim, places.to(old.device))
                 part.out_features, part.in_features = part.weight.shape
             module.out_features, module.in_features = matrix.weight.shape
 
@@ -136,13 +136,3 @@ class Shrinking:
 def _along(matrix: Any, dim: int) -> list[str]:
     """Parameters of a linear module that have this dimension of its weight."""
     return ["weight"] if dim == 1 or matrix.bias is None else ["weight", "bias"]
-
-
-def _exchange(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int, places: Tensor) -> None:
-    """Let the optimizer go on with `new`, which is `old` at these places, and with its moments there."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, {})
-    optimizer.state[new] = {
-        key: value.index_select(dim, places) if value.shape == old.shape else value for key, value in state.items()
-    }

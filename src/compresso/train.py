@@ -2,9 +2,8 @@
 
 `fit` is a generator of metrics rows, one an optimizer step; who shows or stores them is
 not its business. Recovery is the same loop without masks. In several processes each
-takes its part of the global batch; only adapters and gates learn, so that one message of
-their summed gradients a step is all that is exchanged, and every process makes the
-same step.
+takes its part of the global batch; one message of summed gradients a step, of what
+learns, is all that is exchanged, and every process makes the same step.
 """
 
 import math
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from compresso.batches import Batch
 from compresso.cpu_attention import products
+from compresso.exact_adamw import ExactAdamW
 from compresso.families import family_of
 from compresso.lagrangian import Lagrangian
 from compresso.masks import Gates, Masks
@@ -58,8 +58,8 @@ class Pruning:
 class Teacher:
     """The dense model, whose predictions are part of the aim.
 
-    While gates are learned it is the model itself, adapters off and gates open (`silent`), so that nothing is held
-    twice; for a model that has been cut it is the one before.
+    While gates are learned with LoRA it is the model itself, adapters off and gates open (`silent`), so that nothing is
+    held twice; elsewhere it is a model of its own.
     """
 
     model: PreTrainedModel
@@ -201,8 +201,7 @@ def fit(
     start) and returns this process's parts of one global batch. Raises Diverged before a step with a loss or gradient
     that is not finite is applied, Disconnected if another process has gone.
     """
-    adapters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=learning_rate, weight_decay=0.0)
+    optimizer = ExactAdamW((p for p in model.parameters() if p.requires_grad), learning_rate)
     noise = torch.Generator().manual_seed(seed * NOISE_SEED)
     gate_optimizer = torch.optim.Adam(pruning.masks.parameters(), lr=pruning.learning_rate) if pruning else None
     target = 0.0
@@ -217,13 +216,12 @@ def fit(
             group["lr"] = learning_rate * _rate(step, steps)
         with products(model, accelerator.device.type == "cpu"), recomputed(model, recompute):
             total, tokens, computed = _backward(accelerator, model, next_batches(sparsity), gating, teacher)
-        trainable = optimizer.param_groups[0]["params"]  # others than at the start, once the model has shrunk
+        trainable = [p for p in model.parameters() if p.requires_grad]  # others than at first, once it has shrunk
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
         if not (math.isfinite(total) and math.isfinite(norm) and _finite_gradients(pruning)):
             raise Diverged(f"at step {step + 1} the loss is {total} and the gradient's norm {norm}")
         optimizer.step()
-        optimizer.zero_grad()
         row: dict[str, float | str | int] = {"step": step + 1, "phase": phase, "loss": total}
         if pruning and gate_optimizer and gating:
             gate_optimizer.step()

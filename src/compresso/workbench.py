@@ -34,7 +34,7 @@ from compresso.train import Disconnected, Diverged
 console = Console()
 RELEASE_EVERY = 8  # steps
 POOL = 16  # batches that are sorted by length together
-STOPPED = "stopped"  # folder in a run: adapters and gates of a run that did not finish
+STOPPED = "stopped"  # folder in a run: what had been learned when it stopped
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Workbench:
     parameters: int
     """Of the dense model."""
     prunable: int
+    tune: str
+    """What learns besides the gates: `lora` or `full`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What steps leave for the summary."""
 
@@ -123,8 +125,8 @@ class Workbench:
         release_memory()
 
     @contextmanager
-    def keeping(self, wrapped: PeftModel, masks: Masks | None) -> Iterator[None]:
-        """If training stops inside, save adapters and gates of the last good step, and raise Stopped."""
+    def keeping(self, wrapped: PreTrainedModel | PeftModel, masks: Masks | None) -> Iterator[None]:
+        """If training stops inside, save what learns as of the last good step, and raise Stopped."""
         try:
             yield
         except (KeyboardInterrupt, Diverged, Disconnected) as error:
@@ -139,14 +141,14 @@ class Workbench:
             advice = "Lower --learning-rate or --gate-learning-rate, or use --precision fp32"
             raise Stopped(f"{error}. {what} {advice}", DIVERGED) from error
 
-    def _keep(self, wrapped: PeftModel, masks: Masks | None) -> str:
-        """Save adapters and gates; what to tell about it."""
+    def _keep(self, wrapped: PreTrainedModel | PeftModel, masks: Masks | None) -> str:
+        """Save adapters or weights, and gates; what to tell about it."""
         kept = self.folder / STOPPED
         if self.writes:
             wrapped.save_pretrained(kept, safe_serialization=True)
             if masks is not None:
                 save_file({unit: a.detach() for unit, a in masks.log_alpha.items()}, kept / "log_alpha.safetensors")
-        parts = "adapters and gates" if masks else "adapters"
+        parts = ("adapters" if self.tune == "lora" else "weights") + (" and gates" if masks else "")
         what = f"The {parts} of the last good step are in {kept}, the metrics beside it."
         if masks is None:
             what += f" The cut model is whole; `compresso recover {self.folder}` repeats its recovery."

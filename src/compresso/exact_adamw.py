@@ -1,0 +1,44 @@
+"""AdamW whose steps are not lost in the rounding of half precision.
+
+Weights in half precision are too coarse for the small steps of training: what is stepped is a float32 copy of each,
+and the model computes with its rounded value (Micikevicius et al. 2017, arXiv 1710.03740, section 3.1).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class ExactAdamW(torch.optim.AdamW):
+    """torch's AdamW without decay, for parameters of any format; `param_groups` hold what is stepped in float32."""
+
+    def __init__(self, parameters: Iterable[Tensor], learning_rate: float):
+        self._exact = {p: p if p.dtype == torch.float32 else p.detach().float() for p in parameters}
+        super().__init__(list(self._exact.values()), lr=learning_rate, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One step, after which no parameter has a gradient."""
+        for p, exact in self._exact.items():
+            if exact is not p and p.grad is not None:
+                exact.grad, p.grad = p.grad.float(), None
+        super().step()
+        self.zero_grad()
+        for p, exact in self._exact.items():
+            if exact is not p:
+                p.copy_(exact)
+
+    @torch.no_grad()
+    def exchange(self, old: Tensor, new: Tensor, dim: int, places: Tensor) -> None:
+        """Go on with `new`, which is `old` at these places along `dim`, and with its moments there."""
+        before = self._exact.pop(old)
+        after = new if before is old else before.index_select(dim, places)
+        self._exact[new] = after
+        for group in self.param_groups:
+            group["params"] = [after if p is before else p for p in group["params"]]
+        state = self.state.pop(before, {})
+        self.state[after] = {
+            key: value.index_select(dim, places) if value.shape == before.shape else value
+            for key, value in state.items()
+        }

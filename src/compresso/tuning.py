@@ -1,0 +1,43 @@
+"""What learns besides the gates: LoRA adapters, or all weights of the decoder layers.
+
+Small models learn far better with all their weights, and can afford it: float32 copies, moments and gradients take 14
+bytes for each (LOG.md, 2026-11-25). Embedding, head and final norm stay as they are.
+"""
+
+from typing import Literal
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from compresso.adapters import add_lora
+from compresso.config import PruneConfig
+from compresso.families import family_of
+
+Tune = Literal["lora", "full"]
+LARGEST = 1_000_000_000  # parameters of a model whose weights all learn by default
+LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 2e-4}  # LOG.md, 2026-11-25
+
+
+def chosen(config: PruneConfig, parameters: int, whole: bool) -> Tune:
+    """What learns of a model of so many parameters, whole in its own numbers or not.
+
+    Raises ValueError if all weights are to learn of a model that is not whole.
+    """
+    if config.tune == "full" and not whole:
+        raise ValueError("--tune full needs whole weights in their own numbers; 4-bit or split ones learn by LoRA")
+    if config.tune != "auto":
+        return config.tune
+    return "full" if whole and parameters <= LARGEST else "lora"
+
+
+def start(model: PreTrainedModel, tune: str, config: PruneConfig, seed: int) -> PreTrainedModel | PeftModel:
+    """The model, ready to learn: with adapters around it, or as it is."""
+    if tune == "lora":
+        return add_lora(model, config, seed)
+    model.requires_grad_(False)
+    model.get_submodule(family_of(model.config.model_type).layers).requires_grad_(True)
+    return model
+
+
+def learning_rate(config: PruneConfig, tune: str) -> float:
+    return config.learning_rate or LEARNING_RATE[tune]
