@@ -260,7 +260,7 @@ def main() -> None:
     steps, repeats = (2, 2) if given.quick else (4, 5)
     result: dict = {"steps_a_block": steps, "repeats": repeats, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(PruneConfig(output=f"{folder}/run", validation_records=8))
+        bench = prepare(PruneConfig(output=f"{folder}/run", validation_records=8, tune="lora", learning_rate=1e-3))
         if given.late:
             result = json.loads(RESULT.read_text()) | {"late_step_over_early": late(bench)}
             RESULT.write_text(json.dumps(result, indent=2) + "\n")

@@ -29,7 +29,7 @@ from compresso.train import target_loss
 
 RESULT = Path(__file__).parent / "results" / "estimate.json"
 PROMPT, STEPS = 200, 3
-CONFIG = PruneConfig(max_length=128)
+CONFIG = PruneConfig(max_length=128, tune="lora")
 SHAPES = {
     "135M": {
         "vocab_size": 49152,

@@ -25,6 +25,7 @@ STEPS, BATCH = 6, 8
 SETTINGS = {
     "data": "demo",
     "steps": STEPS,
+    "tune": "lora",
     "recover-steps": 0,
     "max-length": 128,
     "validation-records": 8,
