@@ -1,5 +1,6 @@
 """`prune` and `recover` from end to end on tiny checkpoints: what they promise holds on disk."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -363,3 +364,25 @@ def test_streamed_data_is_the_same_on_any_number_of_processes_and_from_any_step(
         together = [tuple(t for t in row if t) for rank in (0, 1) for row in shares[rank][step]]
         assert sorted(together) == sorted(tuple(t for t in row if t) for row in whole)
     assert drawn(1, 0, 4, 2) == alone[4:]
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_sizes_on_the_way_are_nested_and_runs_of_their_own(checkpoint, data, tmp_path, tune):
+    settings = {**QUICK, "steps": 12, "target_sparsity": 0.4, "also": "0.2,0.1", "tune": tune}
+    folder = tmp_path / "run"
+    last = compresso.prune(model=str(checkpoint), data=str(data), output=str(folder), **settings)
+    folders = [folder / "also" / name for name in ("0.1", "0.2")] + [folder]
+    plans = [plan.load(each) for each in folders]
+    assert [p.sparsity for p in plans] == pytest.approx([0.1, 0.2, 0.4], abs=0.03)
+    for more, fewer in itertools.pairwise(plans):
+        for unit, gates in fewer.gates.items():
+            assert not ((gates > 0) & (more.gates[unit] == 0)).any(), unit
+    for each, target in zip(folders[:2], (0.1, 0.2), strict=True):
+        summary = json.loads((each / "summary.json").read_text())
+        assert summary["max_logit_difference"] < 1e-3
+        assert summary["operations"]["prune"] < last["operations"]["prune"]
+        assert compresso.load(each / "model")[0].num_parameters() == summary["parameters"]["after"]
+        again = compresso.recover(str(each), recover_steps=2)
+        assert again["target_sparsity"] == target
+        assert again["loss"]["recovered"] != again["loss"]["cut"]
+    assert len(rows(folders[0], "prune")) < len(rows(folders[1], "prune")) < len(rows(folder, "prune")) == 12

@@ -112,7 +112,7 @@ def _prune(args: list[str]) -> None:
     if path is not None:
         settings = read_yaml(path)
     args, printing = _take(args, "--print-config", False)
-    listed = _listed(args, ("--units", "--lora-targets"))
+    listed = _listed(args, ("--also", "--units", "--lora-targets"))
     default = _Flags(**vars(PruneConfig(**settings)))
     flags = tyro.cli(_Flags, args=listed, default=default, prog="compresso prune", description=PRUNE)
     config = PruneConfig(**vars(flags))

@@ -33,6 +33,9 @@ class PruneConfig:
 
     target_sparsity: float = 0.2
     """Share of the prunable parameters (the decoder layers' matrices) to remove, in (0, 1)."""
+    also: tuple[float, ...] = ()
+    """Smaller sparsities to leave a model at on the way, comma-separated, each a run in OUTPUT/also that
+    `compresso recover` takes. What is removed at one size is removed at all larger ones."""
     units: tuple[str, ...] = ()
     """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp; by default kv_group and
     intermediate, for minitron also hidden."""
@@ -138,6 +141,7 @@ class PruneConfig:
             if not isinstance(parts, (list, tuple)):
                 raise ValueError(f"{name} must be a list, got {value!r}")
             object.__setattr__(self, name, tuple(str(part).strip() for part in parts))
+        object.__setattr__(self, "also", _numbers("also", self.also))
         self._check_types()
         for name, preset in zip(("steps", "recover_steps"), PRESETS[self.preset], strict=True):
             if getattr(self, name) == -1:
@@ -146,6 +150,13 @@ class PruneConfig:
             object.__setattr__(self, "units", UNITS[:3] if self.method == "minitron" else UNITS[:2])
         if not 0 < self.target_sparsity < 1:
             raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
+        if any(not 0 < also < self.target_sparsity for also in self.also):
+            raise ValueError(
+                f"also lists sparsities on the way to target_sparsity ({self.target_sparsity}), got "
+                f"{','.join(f'{also:g}' for also in self.also)}; let the largest be the target"
+            )
+        if self.also and self.method != "l0":
+            raise ValueError(f"only l0 passes smaller sparsities on its way; --method {self.method} is run for each")
         if unknown := [unit for unit in self.units if unit not in UNITS]:
             raise ValueError(f"unknown unit {unknown[0]!r}{nearest(unknown[0], UNITS)}; units are {', '.join(UNITS)}")
         if len(set(self.units)) < len(self.units):
@@ -263,6 +274,15 @@ class EvaluateConfig:
     @property
     def folder(self) -> Path | None:
         return Path(self.data_dir) if self.data_dir is not None else None
+
+
+def _numbers(name: str, given: Any) -> tuple[float, ...]:
+    """Numbers of a list, or of a text that lists them, in order and each once. Raises ValueError for anything else."""
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    try:
+        return tuple(sorted({float(part) for part in parts if part != ""}))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a list of numbers, got {given!r}") from None
 
 
 def nearest(name: str, known) -> str:

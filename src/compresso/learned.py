@@ -62,7 +62,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
         pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate, shrinking),
     )
     with bench.keeping(wrapped, masks):
-        bench.follow("prune", rows, config.steps)
+        bench.follow("prune", _leaving(bench, wrapped, gates, masks, rows), config.steps)
     gates.remove()
     log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
     plan = select(shape, log_alpha, config.target_sparsity, config.round_to)
@@ -70,6 +70,27 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     if shrinking:
         shrinking.restore()
     return model, _best_gates(bench, model, plan, log_alpha)
+
+
+def _leaving(
+    bench: Workbench, wrapped: PreTrainedModel | PeftModel, gates: Gates, masks: Masks, rows: Iterator[dict]
+) -> Iterator[dict]:
+    """The rows; where the run's target passes a sparsity of `--also`, a smaller model is left on the way.
+
+    What its plan removes stays closed from then on, so that plans are nested.
+    """
+    waiting = list(bench.config.also)
+    for row in rows:
+        yield row
+        while waiting and row["target_sparsity"] >= waiting[0]:
+            target = waiting.pop(0)
+            log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
+            plan = select(masks.shape, log_alpha, target, bench.config.round_to)
+            for unit in log_alpha:
+                masks.pin_closed(unit, plan.gates[unit] == 0)
+            assert bench.leave is not None
+            with gates.opened():
+                bench.leave(merge(copy.deepcopy(wrapped)).eval(), plan, target)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from compresso.methods import METHODS
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import load_parts, prepare, read_records, versions
-from compresso.shape import count_prunable, describe, prunable_parameters
+from compresso.shape import count_prunable, prunable_parameters
 from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.summary import show
 from compresso.train import Teacher, fit
 from compresso.workbench import Workbench, compute_dtype, console, release_memory, status
 
+ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 HALF_TOLERANCE = 0.1  # the same where only a model in half precision fits
 
@@ -45,60 +47,19 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     config = replace(config, **settings) if config else PruneConfig(**settings)
     began = time.perf_counter()
     bench = prepare(config)
-    dense = _score(bench, bench.model, 0.0)
-    dense["bytes"] = bench.parameters * bench.facts["stored_dtype"].itemsize
-    shape = describe(bench.model)
+    dense = {**_score(bench, bench.model, 0.0), "bytes": bench.parameters * bench.facts["stored_dtype"].itemsize}
+    bench.leave = partial(_leave, bench, dense)
     model, plan = METHODS[config.method](bench)
-    if bench.writes:
-        plans.save(plan, bench.folder, {"method": config.method, "model": config.model, "seed": config.seed})
-    cost: dict[str, Any] = {}
-    if bench.place:
-        smaller, difference = _cut_files(bench, model, plan, plan.sparsity, bench.folder / "cut")
-    else:
-        checkpoint.cast(model, torch.float32)  # so that a difference is a mistake and no rounding
-        smaller, difference = _extract_checked(bench, model, plan)
-        with status("measuring tokens/s, dense and pruned in turn"):
-            dtype = compute_dtype(config.precision, bench.accelerator.device)
-            checkpoint.cast(model, dtype)
-            checkpoint.cast(smaller, dtype)
-            cost = {"cost": measure_costs({"before": model, "after": smaller})}
+    smaller, summary = _cut(bench, model, plan, dense)
     bench.model = model = smaller  # the dense weights are not needed any more
     release_memory()
-    cut = _score(bench, smaller, plan.sparsity)
-    summary: dict[str, Any] = {
-        "model": config.model,
-        "method": config.method,
-        "units": list(config.units),
-        "target_sparsity": config.target_sparsity,
-        "sparsity": plan.sparsity,
-        "parameters": {"before": bench.parameters, "after": count_parameters(smaller.config)},
-        "prunable_parameters": {"before": bench.prunable, "after": count_prunable(smaller)},
-        "bytes": {"before": dense["bytes"]},
-        "max_logit_difference": difference,
-        "logit_differences": {"gated_extracted": difference},
-        "loss": {"dense": dense["loss"], "cut": cut["loss"]},
-        "perplexity": {"dense": dense["perplexity"], "cut": cut["perplexity"]},
-        "perplexity_window": bench.windows.shape[1],
-        "sample": {"question": config.sample, "dense": dense["answer"], "cut": cut["answer"]},
-        **cost,
-        "kept_gates": bench.facts.get("kept_gates"),
-        "hidden_size": {"before": shape.hidden_size, "after": len(plan.keep["hidden"][0])},
-        "widths": plan.widths(),
-        "seed": config.seed,
-        "versions": versions(),
-    }
-    if not bench.place:
-        _save_checked(bench, smaller, bench.folder / "cut", summary)
     summary["operations"] = dict(bench.facts.get("operations", {}))
     summary["seconds"] = time.perf_counter() - began
     _write(bench, summary)  # so that a recovery that stops can be repeated
     if config.recover_steps:
         _recover(bench, smaller, plan, summary)
     else:
-        if bench.writes:
-            shutil.copytree(bench.folder / "cut", bench.folder / "model", dirs_exist_ok=True)
-        for key in ("loss", "perplexity", "sample"):
-            summary[key]["recovered"] = summary[key]["cut"]
+        _unrecovered(bench, summary)
     summary["seconds"] = time.perf_counter() - began
     return _finish(bench, summary)
 
@@ -131,6 +92,85 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
         _drop_recovery(folder / "metrics.jsonl")
     _recover(bench, bench.model, plan, summary)
     return _finish(bench, summary)
+
+
+def _cut(
+    bench: Workbench, model: PreTrainedModel, plan: Plan, dense: dict[str, Any], timed: bool = True
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Save the plan, cut the model by it, check, score and save the smaller one; it and the summary so far."""
+    config = bench.config
+    if bench.writes:
+        plans.save(plan, bench.folder, {"method": config.method, "model": config.model, "seed": config.seed})
+    cost: dict[str, Any] = {}
+    if bench.place:
+        smaller, difference = _cut_files(bench, model, plan, plan.sparsity, bench.folder / "cut")
+    else:
+        checkpoint.cast(model, torch.float32)  # so that a difference is a mistake and no rounding
+        smaller, difference = _extract_checked(bench, model, plan)
+        dtype = compute_dtype(config.precision, bench.accelerator.device)
+        checkpoint.cast(model, dtype)
+        checkpoint.cast(smaller, dtype)
+        if timed:
+            with status("measuring tokens/s, dense and pruned in turn"):
+                cost = {"cost": measure_costs({"before": model, "after": smaller})}
+    cut = _score(bench, smaller, plan.sparsity)
+    summary: dict[str, Any] = {
+        "model": config.model,
+        "method": config.method,
+        "units": list(config.units),
+        "target_sparsity": config.target_sparsity,
+        "sparsity": plan.sparsity,
+        "parameters": {"before": bench.parameters, "after": count_parameters(smaller.config)},
+        "prunable_parameters": {"before": bench.prunable, "after": count_prunable(smaller)},
+        "bytes": {"before": dense["bytes"]},
+        "max_logit_difference": difference,
+        "logit_differences": {"gated_extracted": difference},
+        "loss": {"dense": dense["loss"], "cut": cut["loss"]},
+        "perplexity": {"dense": dense["perplexity"], "cut": cut["perplexity"]},
+        "perplexity_window": bench.windows.shape[1],
+        "sample": {"question": config.sample, "dense": dense["answer"], "cut": cut["answer"]},
+        **cost,
+        "kept_gates": bench.facts.get("kept_gates"),
+        "hidden_size": {"before": plan.shape.hidden_size, "after": len(plan.keep["hidden"][0])},
+        "widths": plan.widths(),
+        "seed": config.seed,
+        "versions": versions(),
+    }
+    if not bench.place:
+        _save_checked(bench, smaller, bench.folder / "cut", summary)
+    return smaller, summary
+
+
+def _leave(bench: Workbench, dense: dict[str, Any], model: PreTrainedModel, plan: Plan, target: float) -> None:
+    """Save what is cut out of a model on its way to the target, as a run of its own."""
+    began = time.perf_counter()
+    folder = bench.folder / ALSO / f"{target:g}"
+    config = replace(bench.config, output=str(folder), target_sparsity=target, also=())
+    own = replace(bench, config=config, folder=folder, facts=dict(bench.facts))
+    if bench.writes:
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        for name in ("env.json", "metrics.jsonl", "self.jsonl"):
+            if (bench.folder / name).exists():
+                shutil.copy(bench.folder / name, folder)
+    _, summary = _cut(own, model, plan, dense, timed=False)
+    summary["operations"] = dict(bench.facts.get("operations", {}))
+    _unrecovered(own, summary)
+    summary["seconds"] = time.perf_counter() - began
+    summary["bytes"]["after"] = checkpoint.weight_bytes(folder / "model")
+    summary["peak_memory_bytes"] = _peak_memory(bench.accelerator.device)
+    _write(own, summary)
+    line = f"{folder}: {100 * plan.sparsity:.1f}% removed, loss {summary['loss']['cut']:.3f}, for `compresso recover`"
+    console.print(line, markup=False, highlight=False)
+
+
+def _unrecovered(bench: Workbench, summary: dict[str, Any]) -> None:
+    """The cut model is the result."""
+    if bench.writes:
+        shutil.copytree(bench.folder / "cut", bench.folder / "model", dirs_exist_ok=True)
+    bench.accelerator.wait_for_everyone()
+    for key in ("loss", "perplexity", "sample"):
+        summary[key]["recovered"] = summary[key]["cut"]
 
 
 def _score(bench: Workbench, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:

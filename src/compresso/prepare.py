@@ -54,6 +54,8 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         if in_parts(config, accelerator):
             _check_learned(config)
             tuning.chosen(config, 0, whole=False)
+            if config.also:
+                raise ValueError("--also needs whole weights in their own numbers; run each sparsity by itself")
             with accelerator.main_process_first():
                 place = folder_of(str(start or config.model))
             tokenizer = checkpoint.load_tokenizer(str(place))

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.batches import Batch, Encoder, batches
 from compresso.config import PruneConfig
 from compresso.masks import Masks
+from compresso.plan import Plan
 from compresso.prompts import CollaborativePrompt
 from compresso.records import Record, Source, similar_lengths
 from compresso.stopping import DISCONNECTED, DIVERGED, INTERRUPTED, TERMINATED, Stopped, Terminated, uninterrupted
@@ -60,6 +61,9 @@ class Workbench:
 
     place: Path | None = None
     """Folder of the checkpoint, where the model here is no whole one: it is cut on the way from files to files."""
+
+    leave: Callable[[PreTrainedModel, Plan, float], None] | None = None
+    """Saves what a plan cuts out of a model on its way to the target, at this sparsity (`--also`)."""
 
     @property
     def writes(self) -> bool:
