@@ -100,6 +100,7 @@ def test_a_checkpoint_that_cannot_be_used(say, checkpoint, tmp_path, what, messa
         (["--units", "kv_group,heads"], "unknown unit 'heads'"),
         (["--round-to", "512"], "--round-to 512 is wider"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--refit"], "--refit is for methods that score groups and channels"),
         (["--also", "0.1,0.3"], "sparsities on the way to target_sparsity (0.2), got 0.1,0.3"),
         (["--also", "0.1", "--method", "wanda"], "only l0 passes smaller sparsities"),
         (["--also", "0.1", "--precision", "4bit"], "--also needs whole weights"),

@@ -386,3 +386,12 @@ def test_sizes_on_the_way_are_nested_and_runs_of_their_own(checkpoint, data, tmp
         assert again["target_sparsity"] == target
         assert again["loss"]["recovered"] != again["loss"]["cut"]
     assert len(rows(folders[0], "prune")) < len(rows(folders[1], "prune")) < len(rows(folder, "prune")) == 12
+
+
+def test_a_run_that_trained_nothing_recovers_later(checkpoint, data, tmp_path):
+    settings = {**QUICK, "method": "wanda", "refit": True, "recover_steps": 0}
+    compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)
+    summary = compresso.recover(str(tmp_path / "run"), recover_steps=2)
+    assert summary["loss"]["recovered"] != summary["loss"]["cut"]
+    assert len(rows(tmp_path / "run", "recover")) == 2
+    assert list(summary["operations"]) == ["calibration", "recover"]

@@ -216,6 +216,23 @@ def test_refit_of_a_whole_plan_changes_nothing(bench):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_wanda_with_refit_cuts_what_each_matrix_loses(bench):
+    path = "model.layers.1.mlp.down_proj"
+    x = torch.cat(inputs_of(bench, path))
+    whole = bench.model.get_submodule(path).weight.detach().clone()
+    lost, spent = {}, {}
+    for wanted in (False, True):
+        bench.config = replace(bench.config, method="wanda", refit=wanted)
+        bench.facts.clear()
+        model, plan = METHODS["wanda"](bench)
+        kept = plan.keep["intermediate"][1]
+        left = model.get_submodule(path).weight.detach()[:, kept]
+        lost[wanted] = float((x @ whole.T - x[:, kept] @ left.T).square().sum())
+        spent[wanted] = bench.facts["operations"]["calibration"]
+    assert 0 < lost[True] < 0.8 * lost[False]
+    assert spent[True] == 2 * spent[False]
+
+
 def test_biases_stand_in_for_constant_channels(bench):
     """A removed input that never changes is exactly a bias."""
     model = bench.model

@@ -47,6 +47,9 @@ class PruneConfig:
     allocation: Literal["auto", "local", "global"] = "auto"
     """Where a score decides: the same share of every layer (local), one threshold for all (global), or as the method
     was published (auto)."""
+    refit: bool = False
+    """After a score has decided, refit the columns that stay to what all gave, by ridge regression (not with l0, whose
+    model has learned to do without what goes, flap, which adds biases instead, or shortgpt)."""
     warm_start: bool = True
     """Let gates start where a first look at gradients ranks their units, instead of all at one value."""
     calibration_records: int = 128
@@ -155,6 +158,8 @@ class PruneConfig:
                 f"also lists sparsities on the way to target_sparsity ({self.target_sparsity}), got "
                 f"{','.join(f'{also:g}' for also in self.also)}; let the largest be the target"
             )
+        if self.refit and self.method in ("l0", "flap", "shortgpt"):
+            raise ValueError(f"--refit is for methods that score groups and channels, not for --method {self.method}")
         if self.also and self.method != "l0":
             raise ValueError(f"only l0 passes smaller sparsities on its way; --method {self.method} is run for each")
         if unknown := [unit for unit in self.units if unit not in UNITS]:

@@ -14,7 +14,7 @@ from compresso.allocation import standardised, uniform, whole_layers
 from compresso.calibration import block_influence, calibration_batches, input_moments
 from compresso.learned import l0
 from compresso.plan import Plan, select
-from compresso.repair import add_biases
+from compresso.repair import add_biases, refit
 from compresso.shape import describe
 from compresso.workbench import Workbench, console
 
@@ -24,15 +24,22 @@ Method = Callable[[Workbench], tuple[PreTrainedModel, Plan]]
 def one_shot(
     bench: Workbench, score: Callable[[Workbench], scores.Scores], allocation: str
 ) -> tuple[PreTrainedModel, Plan]:
-    """Remove the units of lowest score, layer by layer or (`allocation` global) by one threshold for all."""
+    """Remove the units of lowest score, layer by layer or (`allocation` global) by one threshold for all.
+
+    With `--refit` the model is changed for the plan.
+    """
     config, shape = bench.config, describe(bench.model)
     found = {unit: values for unit, values in score(bench).items() if unit in config.units}
     if not found:
         raise ValueError(f"--method {config.method} knows no unit of --units {','.join(config.units)}")
     allocation = allocation if config.allocation == "auto" else config.allocation
     if allocation == "local":
-        return bench.model, uniform(shape, found, config.target_sparsity, config.round_to)
-    return bench.model, select(shape, standardised(shape, found), config.target_sparsity, config.round_to)
+        plan = uniform(shape, found, config.target_sparsity, config.round_to)
+    else:
+        plan = select(shape, standardised(shape, found), config.target_sparsity, config.round_to)
+    if config.refit:
+        refit(bench.model, plan, input_moments(bench.model, calibration_batches(bench), gram=True))
+    return bench.model, plan
 
 
 def flap(bench: Workbench) -> tuple[PreTrainedModel, Plan]:

@@ -341,7 +341,9 @@ def _write(bench: Workbench, summary: dict[str, Any]) -> None:
 
 
 def _drop_recovery(metrics: Path) -> None:
-    """Repeating a recovery replaces its rows."""
+    """Repeating a recovery replaces its rows; a run that trained nothing has none."""
+    if not metrics.exists():
+        return
     rows = [line for line in metrics.read_text().splitlines(True) if '"stage": "recover"' not in line]
     metrics.write_text("".join(rows))
 
