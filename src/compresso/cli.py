@@ -32,6 +32,7 @@ Prune a checkpoint and recover, check and save the smaller one.
 
   compresso prune --model demo --target-sparsity 0.2 --output runs/demo
   compresso prune --model ./my-llama --data my.jsonl --text held_out.txt --steps 2000
+  compresso prune --model ./my-llama --target-sparsity 0.5 --also 0.1,0.3 --output runs/three-sizes
   compresso prune --config runs/demo/config.yaml --target-sparsity 0.3 --output runs/demo-30
 
 --config FILE reads settings from YAML; flags override it. --print-config prints the
@@ -41,7 +42,7 @@ RECOVER = """\
 Train the smaller model of a run again, from the cut model (or, with --further, from where it is).
 
   compresso recover runs/demo --recover-steps 1000
-  compresso recover runs/demo --further --recover-steps 200 --learning-rate 3e-4"""
+  compresso recover runs/demo --further --recover-steps 200 --learning-rate 5e-5"""
 
 CHAT = """\
 Ask a model, with the collaborative prompt that it carries.
@@ -140,7 +141,7 @@ def _recover(args: list[str]) -> None:
             run: Run folder of `compresso prune`.
             further: Go on from the last recovery instead of repeating it.
             recover_steps: Optimizer steps; as in the run unless given.
-            learning_rate: Peak learning rate of LoRA; as in the run unless given.
+            learning_rate: Peak learning rate; as in the run unless given.
             batch_size: Records per step; as in the run unless given.
             data: Records, as for prune; as in the run unless given.
             seed: Seed of data order and LoRA; as in the run unless given.
