@@ -103,6 +103,7 @@ class Lab:
         operations = summary.get("operations", {})
         if RESULT.exists():  # another process may have added to it
             self.result["cells"] = json.loads(RESULT.read_text())["cells"]
+        self.result["cells"] = [c for c in self.result["cells"] if not cell.key.items() <= c.items()]
         self.result["cells"].append(
             {**cell.key, "flops": sum(operations.values()), "operations": operations, **figures}
         )

@@ -16,7 +16,10 @@ from compresso import eval_table
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 DEMO, EVALUATION = RESULTS / "demo.json", RESULTS / "evaluation.json"
-PAGES = {"README.md": ("demo", "evaluation", "cost"), "docs/large-models.md": ("processes", "growth", "tricks")}
+PAGES = {
+    "README.md": ("demo", "evaluation", "quality", "cost"),
+    "docs/large-models.md": ("processes", "growth", "tricks"),
+}
 STAGES = ("dense", "cut", "recovered")
 
 
@@ -165,11 +168,55 @@ def tricks_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"torch {found['versions']['torch']}."])
 
 
+METHOD_NAMES = {"l0": "Compresso", "wanda": "Wanda-sp", "flap": "FLAP", "taylor": "LLM-Pruner (Taylor)"}
+RECOVERIES = {"none": "", "lora": "LoRA, next-token loss", "ours": "ours"}
+
+
+def quality_table(found: dict[str, Any]) -> str:
+    """Methods at equal operations, from `benchmarks/quality.py`."""
+    dense = next(cell for cell in found["cells"] if cell["method"] == "dense")
+    columns = ("instruction_loss", "wikitext2_ppl", "c4_ppl", "suite")
+    lines = [
+        "| removed | method | recovery | operations | seeds | held-out loss | WikiText-2 | C4 | four tasks |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def row(name: str, cells: list[dict[str, Any]]) -> str:
+        shown = []
+        for key in columns:
+            values = [cell[key] for cell in cells if key in cell]
+            digits, unit = (1, 100) if key == "suite" else (3 if key == "instruction_loss" else 1, 1)
+            middle = f"{unit * statistics.mean(values):,.{digits}f}" if values else ""
+            ends = f" ({unit * min(values):,.{digits}f} to {unit * max(values):,.{digits}f})" if len(values) > 1 else ""
+            shown.append(middle + ends)
+        operations = statistics.mean(cell["flops"] for cell in cells)
+        return f"| {name} | {operations:.1e} | {len(cells)} | {' | '.join(shown)} |"
+
+    lines.append(row("0 % | dense | ", [dense]))
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for cell in found["cells"]:
+        if cell is not dense and cell["method"] != "dense":
+            groups.setdefault((cell["sparsity"], cell["budget"], cell["recovery"], cell["method"]), []).append(cell)
+
+    def order(key: tuple) -> tuple:
+        return (key[0], key[1] == "none", statistics.mean(c["wikitext2_ppl"] for c in groups[key]))
+
+    for key in sorted(groups, key=order):
+        sparsity, _, recovery, method = key
+        name, _, allocation = method.partition(" ")
+        title = f"{METHOD_NAMES.get(name, name)}{f', {allocation}' if allocation else ''}"
+        lines.append(row(f"{100 * sparsity:.0f} % | {title} | {RECOVERIES[recovery]}", groups[key]))
+    versions = found["versions"]
+    text = f"Mean (smallest to largest); torch {versions['torch']}, transformers {versions['transformers']}."
+    return "\n".join([*lines, "", text])
+
+
 def sections() -> dict[str, str]:
     """The generated parts of the pages, by name."""
     tables: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         "demo": ("demo", demo_table),
         "evaluation": ("evaluation", eval_table.markdown),
+        "quality": ("quality", quality_table),
         "cost": ("cost", cost_table),
         "growth": ("cost", growth_table),
         "processes": ("processes", processes_table),
