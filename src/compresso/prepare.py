@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compresso import checkpoint, demo, quantised, sharded, tuning
@@ -48,23 +48,7 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     prompt = find_prompt(config.prompt, config.prompt_format)
     accelerator = _accelerator(config)
     set_seed(config.seed)
-    dtype = compute_dtype(config.precision, accelerator.device)
-    place = None
-    with status(f"loading {start or config.model}"):
-        if in_parts(config, accelerator):
-            _check_learned(config)
-            tuning.chosen(config, 0, whole=False)
-            if config.also:
-                raise ValueError("--also needs whole weights in their own numbers; run each sparsity by itself")
-            with accelerator.main_process_first():
-                place = folder_of(str(start or config.model))
-            tokenizer = checkpoint.load_tokenizer(str(place))
-            model, stored = load_parts(config, place, accelerator)
-        else:
-            with accelerator.main_process_first():
-                model, tokenizer = checkpoint.load(str(start or config.model))
-            stored = model.dtype
-            model = checkpoint.cast(model, dtype).to(accelerator.device)
+    model, tokenizer, stored, place = _load(config, str(start or config.model), accelerator)
     shape = describe(model)
     if start is None:
         _check_target(config, shape)
@@ -106,7 +90,29 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     )
 
 
-def _check_learned(config: PruneConfig) -> None:
+def _load(
+    config: PruneConfig, source: str, accelerator: Accelerator
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, Path | None]:
+    """Model, tokenizer, the dtype it is stored in, and its folder if the model here is not whole."""
+    with status(f"loading {source}"):
+        if in_parts(config, accelerator):
+            _check_in_parts(config)
+            with accelerator.main_process_first():
+                place = folder_of(source)
+            tokenizer = checkpoint.load_tokenizer(str(place))
+            model, stored = load_parts(config, place, accelerator)
+            return model, tokenizer, stored, place
+        with accelerator.main_process_first():
+            model, tokenizer = checkpoint.load(source)
+        stored = model.dtype
+        dtype = compute_dtype(config.precision, accelerator.device)
+        return checkpoint.cast(model, dtype).to(accelerator.device), tokenizer, stored, None
+
+
+def _check_in_parts(config: PruneConfig) -> None:
+    tuning.chosen(config, 0, whole=False)
+    if config.also:
+        raise ValueError("--also needs whole weights in their own numbers; run each sparsity by itself")
     if config.method != "l0":
         raise ValueError(
             f"--method {config.method} scores whole weights in their own numbers; with 4-bit weights or weights split "
