@@ -52,6 +52,75 @@ def record_losses(model: Any, encoder: Encoder, records: list, prompt_name: str,
     return [mean_loss(model, batches([record], encoder, prompt)) for record in records]
 
 
+def learn(train: Path, run: Path, prompt: str, steps: int) -> None:
+    """Prune and recover with this prompt, unless it is done."""
+    if not (run / "summary.json").exists():
+        compresso.prune(
+            model="demo",
+            data=str(train),
+            prompt=prompt,
+            output=str(run),
+            overwrite=True,
+            steps=steps,
+            recover_steps=steps // 2,
+            **SETTINGS,
+        )
+
+
+def all_losses(work: Path, steps: int, prompts: dict[str, str], encoder: Encoder) -> dict[str, list[float]]:
+    """Of every model under every prompt; kept in a file as they come."""
+    records = read_sources(str(work / "held-out.jsonl"))[0].records
+    kept = work / "losses.json"
+    losses: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
+    for trained, name in prompts.items():
+        learn(work / "train.jsonl", work / trained, name, steps)
+        model = compresso.load(work / trained / "model")[0]
+        model = checkpoint.cast(model, compute_dtype("auto", model.device))
+        for asked in prompts:
+            key = f"{trained} > {asked}"
+            if key not in losses:
+                losses[key] = record_losses(model, encoder, records, prompts[asked], model.num_parameters())
+                whole_files.write(kept, json.dumps(losses).encode())
+                print(f"{key}: {statistics.mean(losses[key]):.4f}", flush=True)
+        del model
+        release_memory()
+    return losses
+
+
+def all_scores(work: Path, prompts: dict[str, str], data_dir: Path, limit: int) -> dict[str, list[list[float]]]:
+    """Task by task, document by document, of every model under every prompt."""
+    scores = {}
+    for asked, name in prompts.items():
+        found = compresso.evaluate(
+            [str(work / trained) for trained in prompts],
+            suite=SUITE,
+            limit=limit,
+            data_dir=str(data_dir),
+            prompt=name,
+            prompt_format="chat",
+            cost=False,
+            output=str(work / f"{asked}.json"),
+        )["results"]
+        for trained in prompts:
+            tasks = found[str(work / trained)].values()
+            scores[f"{trained} > {asked}"] = [task["metrics"][task["metric"]]["scores"] for task in tasks]
+    return scores
+
+
+def cell(trained: str, asked: str, losses: dict[str, list[float]], scores: dict[str, list[list[float]]]) -> dict:
+    """Means, and differences from the model that never saw a prompt, asked without one."""
+    key = f"{trained} > {asked}"
+    parts = [difference(a, b) for a, b in zip(scores["none > none"], scores[key], strict=True)]
+    return {
+        "in_training": trained,
+        "in_use": asked,
+        "loss": statistics.mean(losses[key]),
+        "loss_difference": asdict(difference(losses["none > none"], losses[key])),
+        "suite": statistics.mean(map(statistics.mean, scores[key])),
+        "suite_difference": asdict(together(parts, [1.0] * len(parts))),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="records, a .jsonl file")
@@ -63,81 +132,25 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     lines = given.data.read_text().splitlines()
     stride = len(lines) // HELD_OUT
-    train, held_out = given.work / "train.jsonl", given.work / "held-out.jsonl"
-    train.write_text("\n".join(line for i, line in enumerate(lines) if i % stride) + "\n")
-    held_out.write_text("\n".join(lines[::stride][:HELD_OUT]) + "\n")
-    records = read_sources(str(held_out))[0].records
+    (given.work / "train.jsonl").write_text("\n".join(line for i, line in enumerate(lines) if i % stride) + "\n")
+    (given.work / "held-out.jsonl").write_text("\n".join(lines[::stride][:HELD_OUT]) + "\n")
     tokenizer = checkpoint.load("demo")[1]
     prompts = {"long": "long", "none": "none", "neutral": str(neutral_file(given.work, tokenizer))}
-    encoder = Encoder(tokenizer, LENGTH)
-    losses_file = given.work / "losses.json"
-    losses: dict[str, list[float]] = json.loads(losses_file.read_text()) if losses_file.exists() else {}
-    for trained, name in prompts.items():
-        run = given.work / trained
-        if not (run / "summary.json").exists():
-            compresso.prune(
-                model="demo",
-                data=str(train),
-                prompt=name,
-                output=str(run),
-                overwrite=True,
-                steps=given.steps,
-                recover_steps=given.steps // 2,
-                **SETTINGS,
-            )
-        model = None
-        for asked in prompts:
-            key = f"{trained} > {asked}"
-            if key not in losses:
-                model = model or compresso.load(run / "model")[0]
-                model = checkpoint.cast(model, compute_dtype("auto", model.device))
-                losses[key] = record_losses(model, encoder, records, prompts[asked], model.num_parameters())
-                whole_files.write(losses_file, json.dumps(losses).encode())
-                print(f"{key}: {statistics.mean(losses[key]):.4f}", flush=True)
-        del model
-        release_memory()
-    scores = {}
-    for asked, name in prompts.items():
-        found = compresso.evaluate(
-            [str(given.work / trained) for trained in prompts],
-            suite=SUITE,
-            limit=given.suite_limit,
-            data_dir=str(given.data_dir),
-            prompt=name,
-            prompt_format="chat",
-            cost=False,
-            output=str(given.work / f"{asked}.json"),
-        )["results"]
-        for trained in prompts:
-            tasks = found[str(given.work / trained)].values()
-            scores[f"{trained} > {asked}"] = [task["metrics"][task["metric"]]["scores"] for task in tasks]
-    cells = []
-    for trained, asked in itertools.product(prompts, prompts):
-        key = f"{trained} > {asked}"
-        parts = [difference(a, b) for a, b in zip(scores["none > none"], scores[key], strict=True)]
-        cells.append(
-            {
-                "in_training": trained,
-                "in_use": asked,
-                "loss": statistics.mean(losses[key]),
-                "loss_difference": asdict(difference(losses["none > none"], losses[key])),
-                "suite": statistics.mean(map(statistics.mean, scores[key])),
-                "suite_difference": asdict(together(parts, [1.0] * len(parts))),
-            }
-        )
+    losses = all_losses(given.work, given.steps, prompts, Encoder(tokenizer, LENGTH))
+    scores = all_scores(given.work, prompts, given.data_dir, given.suite_limit)
+    cells = [cell(trained, asked, losses, scores) for trained, asked in itertools.product(prompts, prompts)]
     result = {
         "settings": {**SETTINGS, "steps": given.steps, "recover_steps": given.steps // 2, "suite": SUITE},
         "documents": given.suite_limit,
-        "records": len(records),
         "versions": versions(),
         "cells": cells,
     }
     whole_files.write(RESULT, f"{json.dumps(result, indent=2)}\n".encode())
-    for cell in cells:
-        loss, suite = cell["loss_difference"], cell["suite_difference"]
+    for c in cells:
+        loss, suite = c["loss_difference"], c["suite_difference"]
         print(
-            f"{cell['in_training']:8} > {cell['in_use']:8} loss {cell['loss']:.3f} ({loss['low']:+.3f} to "
-            f"{loss['high']:+.3f})  suite {cell['suite']:.3f} ({suite['low']:+.3f} to {suite['high']:+.3f})"
+            f"{c['in_training']:8} > {c['in_use']:8} loss {c['loss']:.3f} ({loss['low']:+.3f} to {loss['high']:+.3f})  "
+            f"suite {c['suite']:.3f} ({suite['low']:+.3f} to {suite['high']:+.3f})"
         )
 
 

@@ -384,6 +384,7 @@ def test_sizes_on_the_way_are_nested_and_runs_of_their_own(checkpoint, data, tmp
         assert compresso.load(each / "model")[0].num_parameters() == summary["parameters"]["after"]
         again = compresso.recover(str(each), recover_steps=2)
         assert again["target_sparsity"] == target
+        assert (each / "report.html").exists()
         assert again["loss"]["recovered"] != again["loss"]["cut"]
     assert len(rows(folders[0], "prune")) < len(rows(folders[1], "prune")) < len(rows(folder, "prune")) == 12
 
