@@ -204,6 +204,7 @@ def quality_table(found: dict[str, Any]) -> str:
     for key in sorted(groups, key=order):
         sparsity, _, recovery, method = key
         name, _, allocation = method.partition(" ")
+        allocation = allocation or groups[key][0].get("settings", {}).get("allocation", "")
         title = f"{METHOD_NAMES.get(name, name)}{f', {allocation}' if allocation else ''}"
         lines.append(row(f"{100 * sparsity:.0f} % | {title} | {RECOVERIES[recovery]}", groups[key]))
     versions = found["versions"]
