@@ -396,3 +396,5 @@ def test_a_run_that_trained_nothing_recovers_later(checkpoint, data, tmp_path):
     assert summary["loss"]["recovered"] != summary["loss"]["cut"]
     assert len(rows(tmp_path / "run", "recover")) == 2
     assert list(summary["operations"]) == ["calibration", "recover"]
+    by_lora = compresso.recover(str(tmp_path / "run"), recover_steps=2, tune="lora")
+    assert by_lora["loss"]["recovered"] != summary["loss"]["recovered"]

@@ -88,6 +88,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
         bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
     summary["recovery"] = {**settings, "further": further}
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
+    bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
     if not further and bench.writes:
         _drop_recovery(folder / "metrics.jsonl")
     _recover(bench, bench.model, plan, summary)
