@@ -22,13 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compresso import demo, per_layer
+from compresso import demo, nemotron_nas, per_layer
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import describe
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-REMOTE_CODE = "modeling_compresso.py"
+REMOTE_CODE = {per_layer: "modeling_compresso.py", nemotron_nas: "modeling_decilm.py"}
+"""What files of classes are called in a checkpoint that they travel with."""
 SHARD_SIZE = "5GB"
 BAD_CONFIG = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 BAD_WEIGHTS = (*BAD_CONFIG, AssertionError, RuntimeError, SafetensorError)
@@ -241,17 +242,16 @@ def write(
     """As `save`; `write_weights` puts weights and config into the folder that it is given."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     config.collaborative_prompt = asdict(prompt)
-    per_layer_widths = config.model_type.startswith(PER_LAYER_PREFIX)
-    if per_layer_widths:
-        classes = next(c for c in per_layer.CLASSES if c[0] is type(config))
-        module = REMOTE_CODE.removesuffix(".py")
-        auto = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-        config.auto_map = {name: f"{module}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
+    for module, file in REMOTE_CODE.items():
+        for classes in module.CLASSES:
+            if classes[0] is type(config):
+                auto, stem = ("AutoConfig", "AutoModel", "AutoModelForCausalLM"), file.removesuffix(".py")
+                config.auto_map = {name: f"{stem}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
+                shutil.copyfile(str(module.__file__), partial / file)
     write_weights(partial)
     tokenizer.save_pretrained(partial)
-    if per_layer_widths:
-        shutil.copyfile(per_layer.__file__, partial / REMOTE_CODE)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
@@ -274,8 +274,10 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def model_card(model: PreTrainedModel, base: str, prompt: CollaborativePrompt, facts: dict[str, str]) -> str:
-    """README.md of a checkpoint: what was removed and how to load it."""
+def model_card(
+    model: PreTrainedModel, base: str, prompt: CollaborativePrompt, facts: dict[str, str], loading: str = ""
+) -> str:
+    """README.md of a checkpoint: what was removed and how to load it (`loading`, where it is not by transformers)."""
     per_layer_widths = model.config.model_type.startswith(PER_LAYER_PREFIX)
     trust = ", trust_remote_code=True" if per_layer_widths else ""
     shape = describe(model)
@@ -285,11 +287,24 @@ def model_card(model: PreTrainedModel, base: str, prompt: CollaborativePrompt, f
         for i, layer in enumerate(shape.layers)
     )
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    loading = (
-        f"The layers differ in width, so the folder carries `{REMOTE_CODE}` (short, readable, the same for every "
-        "model). With `import compresso` beforehand, `trust_remote_code` is not needed."
+    code = REMOTE_CODE[per_layer]
+    note = (
+        f"The layers differ in width, so the folder carries `{code}` (short, readable, the same for every model). With "
+        "`import compresso` beforehand, `trust_remote_code` is not needed."
         if per_layer_widths
         else "It is a stock checkpoint; no code of ours is needed."
+    )
+    loading = (
+        loading
+        or f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its hub id
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+```
+
+{note}"""
     )
     prompting = (
         f"It was trained with the collaborative prompt `{prompt.name}` ({prompt.format} placement), which is stored "
@@ -307,14 +322,6 @@ tags: [pruned, compresso]
 {listed}
 
 ## Load
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder, or its hub id
-model = AutoModelForCausalLM.from_pretrained(folder{trust})
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-```
 
 {loading}
 

@@ -24,6 +24,7 @@ Compresso makes large language models physically smaller.
   compresso chat runs/first --message "Who are you?"      ask it something
   compresso estimate --model ./my-llama --gpu-memory 24   what a run would need
   compresso extract ./my-llama runs/first --output small  apply a run's plan to a checkpoint on disk
+  compresso export runs/first --to gguf --output small    write it for llama.cpp, vLLM, onnxruntime
 
 `compresso COMMAND --help` tells the settings of a command."""
 
@@ -87,6 +88,16 @@ Tell what a run needs before it is started, from the model's config alone: memor
   compresso estimate --config configs/llama-3.1-70b-20.yaml --gpus 8 --gpu-memory 80 --teraflops 200
 
 The model may be a folder that holds nothing but its config.json."""
+
+EXPORT = """\
+Write a pruned model in the form that a runtime loads; what was written is loaded and compared with the model.
+
+  compresso export runs/demo --check
+  compresso export runs/demo --to gguf --type q4_k_m --output small-gguf
+  compresso export runs/demo --to padded --output small-padded
+
+--check prints which runtimes load the model, and what to do for the others.
+docs/deploy.md has a block to paste for each."""
 
 Run = Annotated[str, tyro.conf.Positional]
 Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
@@ -246,6 +257,33 @@ def _extract(args: list[str]) -> None:
         console.print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}", markup=False)
 
 
+def _export(args: list[str]) -> None:
+    def settings(
+        run: Run, /, to: str | None = None, output: str | None = None, type: str = "f16", check: bool = False
+    ) -> tuple[str, str | None, str | None, str, bool]:
+        """
+        Args:
+            run: Run folder, checkpoint folder, .gguf file or hub id.
+            to: Form: stock, padded, hf, nemotron-nas, gguf or onnx.
+            output: Folder to write.
+            type: Numbers of a GGUF file's matrices: f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.
+            check: Print which runtimes load the model, and write nothing.
+        """
+        return run, to, output, type, check
+
+    run, to, output, kind, check = tyro.cli(settings, args=args, prog="compresso export", description=EXPORT)
+    from compresso.export import export, show
+
+    if check:
+        from compresso.compatibility import check as check_runtimes
+
+        check_runtimes(run)
+        return
+    if to is None or output is None:
+        raise ValueError("--to FORMAT and --output FOLDER are needed; --check tells which format is for what")
+    show(export(run, to, output, kind), output)
+
+
 def _estimate(args: list[str]) -> None:
     def settings(
         config: str | None = None,
@@ -296,6 +334,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "report": _report,
     "extract": _extract,
+    "export": _export,
     "estimate": _estimate,
     "chat": _chat,
 }

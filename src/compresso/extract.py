@@ -6,7 +6,7 @@ averages over.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,8 +136,20 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
 def smaller_config(old: PreTrainedConfig, names: Collection[str], plan: Plan) -> PreTrainedConfig:
     """The config of the smaller model; `names` are those of the weights of the whole one."""
     kept = _kept_layers(plan)
-    widths = [plan.widths()[i] for i in kept]
-    hidden_size = len(plan.keep["hidden"][0])
+    return sized_config(old, names, [plan.widths()[i] for i in kept], len(plan.keep["hidden"][0]), kept)
+
+
+def sized_config(
+    old: PreTrainedConfig,
+    names: Collection[str],
+    widths: Sequence[dict[str, int]],
+    hidden_size: int,
+    layers: Sequence[int],
+) -> PreTrainedConfig:
+    """The config of a model like `old`, with these widths (as `Plan.widths` gives them), one entry a layer.
+
+    `names` are those of the weights of `old`, `layers` the indices of the layers of `old` that the new ones are.
+    """
     settings = {
         key: value
         for key, value in old.to_dict().items()
@@ -145,15 +157,15 @@ def smaller_config(old: PreTrainedConfig, names: Collection[str], plan: Plan) ->
     }
     settings |= {
         "hidden_size": hidden_size,
-        "num_hidden_layers": len(kept),
+        "num_hidden_layers": len(widths),
         "head_dim": head_dim_of(old),
-        "rms_norm_eps": old.rms_norm_eps * (plan.shape.hidden_size / hidden_size),
+        "rms_norm_eps": old.rms_norm_eps * (old.hidden_size / hidden_size),
         **{key: max(width[key] for width in widths) for key in widths[0]},
     }
     for key in ("num_key_value_heads", "num_attention_heads"):
         settings[key] = settings[key] or 1  # every attention is gone: the value is never used
     if settings.get("layer_types"):
-        settings["layer_types"] = [settings["layer_types"][i] for i in kept]
+        settings["layer_types"] = [settings["layer_types"][i] for i in layers]
     overrides = {j: _override(width, settings) for j, width in enumerate(widths)}
     base = old.model_type.removeprefix(PER_LAYER_PREFIX)
     if not any(overrides.values()):

@@ -34,6 +34,11 @@ class Family:
 
     query_key_norms: bool = False
     """Queries and keys pass an RMSNorm over head_dim that shares rms_norm_eps with the others."""
+    gguf: str = "llama"
+    """llama.cpp's architecture for equal widths."""
+    gguf_per_layer: str | None = "deci"
+    """llama.cpp's architecture whose layers may differ in width."""
+
     stand_in: str | None = None
     """model_type that computes the same and is written where this one's config refuses the
     widths (transformers 5: LlamaConfig wants hidden_size % num_attention_heads == 0)."""
@@ -42,8 +47,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(stand_in="mistral"),
     "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(query_key_norms=True),
+    "qwen2": Family(gguf="qwen2"),
+    "qwen3": Family(query_key_norms=True, gguf="qwen3", gguf_per_layer="openelm"),
 }
 
 

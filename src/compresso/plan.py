@@ -5,7 +5,7 @@ Nothing here knows about gates that learn or about models that compute.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,11 +77,7 @@ class Plan:
         """Key/value heads, query heads and FFN width that each layer keeps."""
         kept = {unit: [len(indices) for indices in layers] for unit, layers in self.keep.items()}
         return [
-            {
-                "num_key_value_heads": groups,
-                "num_attention_heads": groups * layer.queries_per_group,
-                "intermediate_size": channels,
-            }
+            replace(layer, num_key_value_heads=groups, intermediate_size=channels).widths
             for layer, groups, channels in zip(self.shape.layers, kept["kv_group"], kept["intermediate"], strict=True)
         ]
 

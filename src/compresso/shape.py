@@ -37,6 +37,15 @@ class LayerShape:
         """Those of all groups."""
         return self.num_key_value_heads * self.rows_per_group
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """As configs name them."""
+        return {
+            "num_key_value_heads": self.num_key_value_heads,
+            "num_attention_heads": self.num_key_value_heads * self.queries_per_group,
+            "intermediate_size": self.intermediate_size,
+        }
+
     def columns(self, unit: str) -> int:
         """Columns of the matrix behind it that one group or one FFN channel owns."""
         return self.head_dim * self.queries_per_group if unit == "kv_group" else 1

@@ -144,7 +144,6 @@ def write_cut(
     }
 
     def write_weights(partial: Path) -> None:
-        partial.mkdir(parents=True)
         smaller.config.architectures = [type(smaller).__name__]
         smaller.config.dtype = dtype
         smaller.config.save_pretrained(partial)

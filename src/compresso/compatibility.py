@@ -1,0 +1,131 @@
+"""Which runtimes load a model, why, and what to do where one does not.
+
+What can be run without a GPU is run by the tests; the rest is read from the runtime's code, at the version named.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, PreTrainedModel
+
+from compresso import checkpoint
+from compresso.export import FORMATS
+from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.shape import describe
+from compresso.streamed import shapes_of
+from compresso.workbench import console
+
+RUN, READ = "run by the tests", "read from its code"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One runtime and one model. `loads`: the folder as it is."""
+
+    runtime: str
+    loads: bool
+    why: str
+    do: str
+    known: str
+
+
+def verdicts(model: PreTrainedModel) -> list[Verdict]:
+    """What is known of every runtime about a model, which may be shapes on the meta device."""
+    config, shape = model.config, describe(model)
+    layers = shape.layers
+    stock = not config.model_type.startswith(PER_LAYER_PREFIX)
+    groups = {layer.num_key_value_heads for layer in layers}
+    widths = {layer.intermediate_size for layer in layers}
+    no_attention = 0 in groups
+    differing = [
+        *(["key/value heads"] if len(groups - {0}) > 1 else []),
+        *(["FFN channels"] if len(widths - {0}) > 1 else []),
+        *(["no attention in some"] if no_attention else []),
+        *(["no FFN in some"] if 0 in widths else []),
+    ]
+    unequal = f"its layers differ: {', '.join(differing) or 'heads that no stock class takes'}"
+    deci = family_of(config.model_type).gguf_per_layer == "deci"
+    padded = "export --to padded"
+    if stock:
+        parallel = math.gcd(layers[0].num_key_value_heads, layers[0].intermediate_size)
+        native = f"a stock {config.model_type}", f"tensor parallel over {_divisors(parallel)}"
+        read = [
+            Verdict(runtime, True, *native, f"{READ} ({version})")
+            for runtime, version in (("vLLM", "0.33"), ("SGLang", "0.5.23"), ("TensorRT-LLM", "main of 2026-11"))
+        ]
+        read.append(Verdict("MLX", True, native[0], "mlx_lm.convert", f"{READ} (mlx-lm 0.32.2)"))
+    else:
+        nas = "export --to nemotron-nas, native there" if deci else padded
+        backend = "--model-impl transformers --trust-remote-code"
+        same_heads = len(groups) == 1
+        read = [
+            Verdict("vLLM, own classes", False, unequal, nas, f"{READ} (0.33)"),
+            Verdict(
+                "vLLM, transformers backend",
+                not no_attention,
+                "a layer without attention is refused there" if no_attention else "per_layer_config is read",
+                padded if no_attention else backend,
+                f"{READ} (0.33)",
+            ),
+            Verdict(
+                "SGLang, transformers backend",
+                same_heads,
+                "the same heads in every layer" if same_heads else "one number of heads for all layers there",
+                backend if same_heads else padded,
+                f"{READ} (0.5.23)",
+            ),
+            Verdict("TensorRT-LLM", False, unequal, padded, f"{READ} (main of 2026-11)"),
+            Verdict("MLX", False, unequal, padded, f"{READ} (mlx-lm 0.32.2)"),
+        ]
+    code = "needs nothing" if stock else "trust_remote_code=True, or import compresso"
+    return [
+        Verdict("transformers", True, "a stock class" if stock else "carries its own code", code, RUN),
+        Verdict("PEFT", True, "its modules are plain Linear layers", "as any model", RUN),
+        _llama_cpp(model),
+        Verdict("onnxruntime", False, "needs an ONNX graph", "export --to onnx", RUN),
+        *read,
+    ]
+
+
+def _llama_cpp(model: PreTrainedModel) -> Verdict:
+    name = "llama.cpp, Ollama, LM Studio"
+    try:
+        from compresso.gguf_file import architecture_of
+
+        why, do = f"as architecture {architecture_of(model)}", "export --to gguf"
+    except ImportError:
+        why, do = "needs the package gguf to tell", "pip install 'compresso-llm[gguf]'"
+    except ValueError as error:
+        why, do = str(error), "export --to padded, then --to gguf"
+    return Verdict(name, False, why, do, RUN)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in (1, 2, 4, 8, 16) if number % n == 0)
+
+
+def check(run: str) -> list[Verdict]:
+    """Print the table for a run folder or checkpoint, and write it beside it as compatibility.json.
+
+    Reads the config alone. Raises FileNotFoundError or ValueError for what is no checkpoint.
+    """
+    place = checkpoint.find(checkpoint.of_run(run))
+    if place.endswith(".gguf"):
+        model, _ = checkpoint.load(place)
+    else:
+        model = shapes_of(AutoConfig.from_pretrained(place, trust_remote_code=False))
+    found = verdicts(model)
+    table = Table(title=Text(run), caption=f"formats of compresso export: {', '.join(FORMATS)}")
+    for column in ("runtime", "loads", "why", "to do", "known from"):
+        table.add_column(column, overflow="fold")
+    for verdict in found:
+        mark = "yes" if verdict.loads else "after export" if "export" in verdict.do else "no"
+        table.add_row(verdict.runtime, mark, verdict.why, Text(verdict.do), verdict.known)
+    console.print(table)
+    if Path(run).is_dir():
+        (Path(run) / "compatibility.json").write_text(json.dumps([asdict(v) for v in found], indent=2) + "\n")
+    return found

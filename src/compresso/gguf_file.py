@@ -1,0 +1,192 @@
+"""A model and its tokenizer as one GGUF file, for llama.cpp and what is built on it.
+
+Equal widths are written as the family's own architecture, unequal ones as one whose loader reads widths layer by layer
+(`deci`, `openelm`). What such a loader cannot read is filled up with zeros first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso import gguf_numbers
+from compresso.families import family_of
+from compresso.gguf_tokens import write_tokens
+from compresso.padding import largest, pad
+from compresso.shape import LayerShape, describe, head_dim_of
+
+ZERO_CHANNELS = 32  # of an FFN that was removed and that a loader cannot do without
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp's loader of an architecture does (commit 0c1e57098; tested)."""
+
+    interleaved: bool = False
+    """Its rotary embedding pairs neighbours, where transformers pairs halves."""
+    per_layer: bool = False
+    no_attention: bool = False
+    """Layers may lack attention, but the first, whose head size it reads."""
+    fused: bool = False
+    """Query, key and value are one matrix."""
+    tied_only: bool = False
+    square: bool = False
+    """Query heads together are as wide as the hidden size."""
+    rope_factors: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture(interleaved=True, rope_factors=True),
+    "deci": Architecture(interleaved=True, per_layer=True, no_attention=True, rope_factors=True),
+    "qwen2": Architecture(square=True),
+    "qwen3": Architecture(),
+    "openelm": Architecture(per_layer=True, fused=True, tied_only=True),
+}
+
+
+def architecture_of(model: PreTrainedModel) -> str:
+    """llama.cpp's name for what this model is. Raises ValueError, with what works instead, if it has none."""
+    family, shape = family_of(model.config.model_type), describe(model)
+    first = shape.layers[0]
+    equal = len(set(shape.layers)) == 1 and first.num_key_value_heads and first.intermediate_size
+    if equal and ARCHITECTURES[family.gguf].square:
+        equal = first.num_key_value_heads * first.queries_per_group * first.head_dim == shape.hidden_size
+    name = family.gguf if equal else family.gguf_per_layer
+    tied = model.config.tie_word_embeddings
+    if name is None or (ARCHITECTURES[name].tied_only and not tied):
+        raise ValueError(
+            f"llama.cpp has no architecture for a {model.config.model_type} whose layers differ in width"
+            f"{'' if name is None else ' and whose head is a matrix of its own'}; "
+            "`--to padded` first, then `--to gguf` of its result, works"
+        )
+    factors = rope_factors(model)
+    if factors is not None and not ARCHITECTURES[name].rope_factors:
+        raise ValueError(
+            f"the rotary positions of this model are scaled ({model.config.rope_parameters}), which is not written "
+            f"for llama.cpp's {name}"
+        )
+    return name
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, kind: str, title: str) -> str:
+    """Write the file, matrices as `kind` (a name in `gguf_numbers.MIXES`); the architecture that it was written as.
+
+    Raises ValueError if llama.cpp cannot hold the model or its tokenizer.
+    """
+    gguf_numbers.check(kind)
+    name = architecture_of(model)
+    model = pad(model, [_readable(i, layer, name, model) for i, layer in enumerate(describe(model).layers)])
+    mix = gguf_numbers.MIXES[kind]
+    writer = GGUFWriter(path, name)
+    writer.add_name(title)
+    writer.add_file_type(mix.file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _write_shape(writer, model, ARCHITECTURES[name])
+    write_tokens(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
+    tied = model.config.tie_word_embeddings
+    numbers = {}
+    for tensor, value in _tensors(model, name):
+        size = tuple(value.shape)
+        numbers[tensor] = number = gguf_numbers.number_of(tensor, size, mix, model.config.num_hidden_layers, tied)
+        block, width = gguf.GGML_QUANT_SIZES[number]
+        stored = size if block == 1 else (*size[:-1], size[-1] // block * width)
+        dtype = np.dtype({1: np.uint8, 2: np.float16, 4: np.float32}[width if block == 1 else 1])
+        if number == gguf.GGMLQuantizationType.BF16:
+            stored, dtype = (*size[:-1], 2 * size[-1]), np.dtype(np.uint8)
+        count = int(np.prod(stored)) * dtype.itemsize
+        writer.add_tensor_info(tensor, stored, dtype, count, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, value in _tensors(model, name):
+        writer.write_tensor_data(gguf_numbers.encode(value.float().contiguous().cpu().numpy(), numbers[tensor]))
+    writer.close()
+    return name
+
+
+def rope_factors(model: PreTrainedModel) -> Tensor | None:
+    """What each rotary frequency of the model is slowed down by, (head_dim / 2,); None where it is not.
+
+    Raises ValueError for scalings that depend on the length of the text or scale attention.
+    """
+    config = model.config
+    rope = config.rope_parameters
+    rotary = model.get_submodule(family_of(config.model_type).layers.rpartition(".")[0]).rotary_emb
+    with torch.device("cpu"):
+        rotary = type(rotary)(config)  # the model's own may be a shape without numbers
+    if rope["rope_type"] not in ("default", "linear", "llama3") or rotary.attention_scaling != 1:
+        raise ValueError(f"rotary positions scaled as {rope['rope_type']!r} are not written for llama.cpp")
+    head_dim = head_dim_of(config)
+    plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    factors = plain / rotary.inv_freq.double()
+    return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors.float()
+
+
+def _readable(index: int, layer: LayerShape, name: str, model: PreTrainedModel) -> LayerShape:
+    """The least wide form of a layer that the loader reads rightly."""
+    architecture, some = ARCHITECTURES[name], largest(describe(model).layers)
+    if not layer.num_key_value_heads and (index == 0 or not architecture.no_attention):
+        layer = replace(layer, num_key_value_heads=1, queries_per_group=max(1, some.queries_per_group))
+    if not layer.intermediate_size:
+        layer = replace(layer, intermediate_size=ZERO_CHANNELS)
+    return layer
+
+
+def _write_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Architecture) -> None:
+    config, layers = model.config, describe(model).layers
+    widths = [layer.widths for layer in layers]
+
+    def each(key: str) -> int | list[int]:
+        return [width[key] for width in widths] if architecture.per_layer else widths[0][key]
+
+    head_dim = head_dim_of(config)
+    context = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+    writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
+    writer.add_context_length(min(length for length in context if length))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    writer.add_feed_forward_length(each("intermediate_size"))
+    writer.add_head_count(each("num_attention_heads"))
+    writer.add_head_count_kv(each("num_key_value_heads"))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
+    """llama.cpp's name and value of every tensor, one after the other."""
+    architecture, family = ARCHITECTURES[name], family_of(model.config.model_type)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_hidden_layers)  # the fullest of them
+    layers, weights = describe(model).layers, model.state_dict()
+    heads = {family.query: "num_attention_heads", family.key: "num_key_value_heads"}
+    for key, value in weights.items():
+        if key == family.head + ".weight" and model.config.tie_word_embeddings:
+            continue
+        module, _, kind = key.rpartition(".")
+        layer, _, path = module.removeprefix(family.layers + ".").partition(".")
+        if architecture.interleaved and path in heads:
+            value = _interleaved(value, layers[int(layer)].widths[heads[path]])
+        if architecture.fused and path == family.query:
+            others = [weights[f"{family.layers}.{layer}.{p}.{kind}"] for p in (family.key, family.value)]
+            yield f"blk.{layer}.attn_qkv.{kind}", torch.cat([value, *others])
+        elif not (architecture.fused and path in (family.key, family.value)):
+            target = names.get_name(module)
+            assert target, module
+            yield f"{target}.{kind}", value
+    factors = rope_factors(model)
+    if factors is not None:
+        yield "rope_freqs.weight", factors
+
+
+def _interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key matrix, or entries of its bias, with the halves of each head that rotate together as
+    neighbours."""
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
