@@ -227,7 +227,19 @@ def test_recover_and_chat_need_a_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prune"], ["recover"], ["evaluate"], ["compare"], ["report"], ["extract"], ["estimate"], ["chat"]]
+    "command",
+    [
+        [],
+        ["prune"],
+        ["recover"],
+        ["evaluate"],
+        ["compare"],
+        ["report"],
+        ["extract"],
+        ["export"],
+        ["estimate"],
+        ["chat"],
+    ],
 )
 def test_help_shows_examples(capsys, command):
     if command:

@@ -1,6 +1,6 @@
 """Compresso: make large language models physically smaller.
 
-`prune`, `recover` and `evaluate` do what the commands of the same name do; the rest are the parts.
+`prune`, `recover`, `evaluate` and `export` do what the commands of the same name do; the rest are the parts.
 Importing this package lets `AutoModelForCausalLM.from_pretrained` load checkpoints whose
 layers differ in width, without remote code.
 """
@@ -11,12 +11,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a remark on import 
 
 from compresso.checkpoint import load
 from compresso.config import PruneConfig
+from compresso.export import export
 from compresso.extract import extract
 from compresso.pipeline import prune, recover
 from compresso.plan import Plan
 from compresso.shape import describe
 
-__all__ = ["Plan", "PruneConfig", "describe", "evaluate", "extract", "load", "prune", "recover"]
+__all__ = ["Plan", "PruneConfig", "describe", "evaluate", "export", "extract", "load", "prune", "recover"]
 
 
 def __getattr__(name: str):
