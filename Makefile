@@ -8,10 +8,12 @@ BIN := $(VENV)/bin
 setup: $(VENV)/installed
 
 # torch first, in the release that the tests ran with; `make setup TORCH=...` takes another build
+# the oldest transformers that we take stands aside, for a test that results load there
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --target $(VENV)/oldest 'transformers==5.16.0'
 	touch $@
 
 lint: setup

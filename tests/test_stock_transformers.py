@@ -1,0 +1,73 @@
+"""What was written loads where compresso is not installed: in the oldest transformers that we take, and in this one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from compresso import extract
+from compresso.export import export
+from compresso.families import FAMILIES
+from test_extract import gates_of, logits
+from tiny import tiny_model
+
+WIDTHS = {
+    "equal": {"kv_group": [1, 1, 1], "intermediate": [30, 30, 30]},
+    "unequal": {"kv_group": [2, 1, 1], "intermediate": [40, 17, 33]},
+    "dropped": {"kv_group": [0, 1, 2], "intermediate": [40, 0, 33]},
+}
+STRANGER = """
+import json, sys
+import torch, transformers
+from transformers import AutoModel, AutoModelForCausalLM
+
+assert "compresso" not in sys.modules
+ids = torch.tensor(json.loads(sys.argv[1]))
+found = {}
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    said = model.generate(ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        base = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()(ids)
+        found[folder] = model(ids).logits.tolist(), said.tolist(), list(base.last_hidden_state.shape)
+print(json.dumps([transformers.__version__, found]))
+"""
+
+
+def ask(folders, ids, where: Path, path: str) -> tuple[str, dict]:
+    """What a process without compresso finds in these folders."""
+    environment = {**os.environ, "PYTHONPATH": path, "HF_MODULES_CACHE": str(where)}
+    command = [sys.executable, "-c", STRANGER, json.dumps(ids.tolist()), *map(str, folders)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=where, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("version", ["5.16", "installed"])
+def test_every_form_loads_without_compresso(version, tokenizer, token_ids, tmp_path):
+    oldest = Path(sys.prefix) / "oldest"
+    assert (oldest / "transformers").is_dir(), f"no transformers 5.16 in {oldest}; `make setup` puts it there"
+    expected = {}
+    for name in FAMILIES:
+        for kind, widths in WIDTHS.items():
+            model = tiny_model(name, vocab_size=320)
+            smaller = extract(model, gates_of(model, {**widths, "hidden": [24]}))
+            source = tmp_path / f"{name}-{kind}"
+            smaller.save_pretrained(source)
+            tokenizer.save_pretrained(source)
+            for form in ("hf", "padded", *(["nemotron-nas"] if name != "qwen3" else [])):
+                export(str(source), form, str(tmp_path / f"{name}-{kind}-{form}"))
+                expected[tmp_path / f"{name}-{kind}-{form}"] = smaller
+    (tmp_path / "modules").mkdir()
+    found_version, found = ask(expected, token_ids, tmp_path / "modules", str(oldest) if version == "5.16" else "")
+    assert found_version.startswith(version) or version == "installed"
+    for folder, smaller in expected.items():
+        values, said, base = found[str(folder)]
+        torch.testing.assert_close(torch.tensor(values), logits(smaller, token_ids), rtol=0, atol=1e-4)
+        greedy = smaller.generate(token_ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert said == greedy.tolist(), folder
+        assert base == [*token_ids.shape, 24]
