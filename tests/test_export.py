@@ -45,8 +45,8 @@ def test_every_form_computes_the_same_or_is_refused(form, widths, model_type, se
     tied = model.config.tie_word_embeddings
     refused = {
         "stock": unequal,
-        "nemotron-nas": model_type == "qwen3",
-        "gguf": unequal and model_type == "qwen3" and not tied,
+        "nemotron-nas": FAMILIES[model_type].gguf_per_layer != "deci",
+        "gguf": FAMILIES[model_type].gguf is None or (unequal and model_type == "qwen3" and not tied),
     }
     if refused.get(form):
         with pytest.raises(ValueError, match="--to "):
@@ -77,7 +77,7 @@ def test_a_number_of_heads_that_no_stock_class_takes_is_refused(form, tmp_path, 
         export(str(tmp_path / "run"), form, str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)  # one each: an export takes seconds
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])  # an export takes seconds
 def test_onnx_generates_with_its_cache_what_transformers_does(model_type, run, tmp_path, token_ids):
     folder, model = run(model_type, DROPPED)
     assert export(folder, "onnx", str(tmp_path / "out"))["log_probability_difference"] < 1e-4

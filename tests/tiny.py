@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from compresso.families import family_of
 from compresso.plan import Plan
 from compresso.shape import describe
 
@@ -23,6 +24,10 @@ def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
         "qwen2": {"tie_word_embeddings": True},
         "qwen3": {"tie_word_embeddings": True},
         "mistral": {"sliding_window": None},
+        "smollm3": {"no_rope_layers": [1, 0, 1]},
+        "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+        "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 64, "final_logit_softcapping": 5.0},
+        "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 64},
     }
     torch.manual_seed(seed)
     values = {
@@ -62,6 +67,8 @@ def random_plan(model: PreTrainedModel, keep: float = 0.6, seed: int = 0, soft: 
         u = torch.rand(g.shape, generator=generator, dtype=torch.float64)
         on = (u < (0.8 if unit in ("attention", "mlp") else keep)).double()
         on[int(u.argmin())] = 1
+        if unit in family_of(model.config.model_type).fixed:
+            on[:] = 1
         if soft and unit != "hidden":
             on *= 0.2 + 0.8 * torch.rand(g.shape, generator=generator, dtype=torch.float64)
         gates[unit] = on

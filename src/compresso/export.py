@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from compresso import checkpoint, nemotron_nas
-from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.families import FAMILIES, PER_LAYER_PREFIX
 from compresso.padding import largest, pad, padded_config, with_equal_queries
 from compresso.prompts import find_prompt
 from compresso.shape import LayerShape, describe
@@ -174,7 +174,7 @@ def _refuse_heads(config: PreTrainedConfig) -> None:
     if config.model_type.startswith(PER_LAYER_PREFIX):
         raise ValueError(
             f"the config of {config.model_type.removeprefix(PER_LAYER_PREFIX)} takes no {config.num_attention_heads} "
-            f"heads at a hidden size of {config.hidden_size}, and with biases no other class computes the same; "
+            f"heads at a hidden size of {config.hidden_size}, and no other class computes the same; "
             "`--to hf` carries the code that loads it, `--to gguf` is for llama.cpp"
         )
 
@@ -201,11 +201,10 @@ def _write_padded(made: Export) -> None:
 
 
 def _refuse_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = model.config
-    if family_of(config.model_type).gguf_per_layer != "deci":
+    config, name = model.config, model.config.model_type.removeprefix(PER_LAYER_PREFIX)
+    if FAMILIES[name].gguf_per_layer != "deci":
         raise ValueError(
-            f"nemotron-nas computes what Llama, Mistral and Qwen2 do, not {config.model_type}; `--to padded` loads in "
-            "vLLM"
+            f"nemotron-nas computes what Llama, Mistral and Qwen2 do, not {name}; `--to padded` is what vLLM loads"
         )
     if getattr(config, "sliding_window", None):
         raise ValueError(

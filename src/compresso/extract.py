@@ -34,7 +34,7 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     both sub-layers are left out. The weights keep their dtype and device. Raises
     ValueError if the plan was made for another shape.
     """
-    check_fit(plan, describe(model))
+    check_fit(plan, describe(model), family_of(model.config.model_type))
     old = model.state_dict()
     config = smaller_config(model.config, old, plan)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -45,14 +45,18 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return smaller.to(model.device).train(model.training)
 
 
-def check_fit(plan: Plan, shape: ModelShape) -> None:
-    """Raise ValueError if the plan was made for another shape."""
+def check_fit(plan: Plan, shape: ModelShape, family: Family) -> None:
+    """Raise ValueError if the plan was made for another shape, or takes what the family cannot lack exactly."""
     if shape != plan.shape:
         raise ValueError(
             f"the plan fits a model of {len(plan.shape.layers)} layers and hidden size {plan.shape.hidden_size} with "
             f"its widths, not this one of {len(shape.layers)} and {shape.hidden_size}; a plan fits only the model "
             "it was made from"
         )
+    for unit in family.fixed:
+        for layer, (kept, size) in enumerate(zip(plan.keep[unit], shape.sizes(unit), strict=True)):
+            if 0 < len(kept) < size:
+                raise ValueError(f"layer {layer} of this family cannot lack some of its {unit} and compute the same")
 
 
 def _kept_layers(plan: Plan) -> list[int]:
@@ -80,8 +84,12 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
         columns: Tensor | None,
         by: Tensor | float = 1.0,
         bias_by: float = 1.0,
+        offset: float = 0.0,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Keep rows and columns of a weight times `by` (a number, or one a column), and the rows of its bias."""
+        """Keep rows and columns of a weight times `by` (a number, or one a column), and the rows of its bias.
+
+        What multiplies is the weight and `offset`.
+        """
         for kind, scale in (("weight", by), ("bias", bias_by)):
             if f"{name}.{kind}" not in old:
                 continue
@@ -93,12 +101,19 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
                 tensor = tensor.index_select(1, columns.to(device))
             if bool((torch.as_tensor(scale) != 1).any()):
                 factor = scale.to(device) if isinstance(scale, Tensor) else scale
-                tensor = (tensor.double() * factor).to(tensor.dtype)
+                more = offset if kind == "weight" else 0.0
+                tensor = ((tensor.double() + more) * factor - more).to(tensor.dtype)
             yield f"{target}.{kind}", tensor.clone()
 
-    yield from take(family.embedding, family.embedding, None, hidden)
-    yield from take(family.final_norm, family.final_norm, hidden, None, norm_scale)
-    yield from take(family.head, family.head, None, hidden)
+    def norms(source: str, target: str, paths: tuple[str, ...], by: float = norm_scale) -> Iterator[tuple[str, Tensor]]:
+        for path in paths:
+            yield from take(source + path, target + path, hidden, None, by, offset=family.norm_offset)
+
+    # where the embedding is scaled by the root of the hidden size, it makes up for that, a tied head with it
+    embedded = norm_scale if family.scaled_embedding else 1.0
+    yield from take(family.embedding, family.embedding, None, hidden, embedded)
+    yield from norms("", "", (family.final_norm,), norm_scale / embedded)
+    yield from take(family.head, family.head, None, hidden, embedded)
     gates = {u: g.split(plan.shape.sizes(u)) for u, g in plan.gates.items()}
     keep = plan.keep
     for j, i in enumerate(_kept_layers(plan)):
@@ -113,7 +128,7 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
             for path, rows in ((family.query, query_rows), (family.key, key_rows)):
                 yield from take(source + path, target + path, rows, hidden, into_norm, into_norm)
             yield from take(source + family.value, target + family.value, key_rows, hidden)
-            yield from take(source + family.attention_norm, target + family.attention_norm, hidden, None, norm_scale)
+            yield from norms(source, target, family.attention_norms)
             whole = float(gates["attention"][i])
             per_column = gates["kv_group"][i][groups].repeat_interleave(layer.head_dim * layer.queries_per_group)
             output = family.attention_output
@@ -127,7 +142,7 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
         if len(channels):
             for path in family.mlp_inputs:
                 yield from take(source + path, target + path, channels, hidden)
-            yield from take(source + family.mlp_norm, target + family.mlp_norm, hidden, None, norm_scale)
+            yield from norms(source, target, family.mlp_norms)
             whole, per_column = float(gates["mlp"][i]), gates["intermediate"][i][channels]
             output = family.mlp_output
             yield from take(source + output, target + output, hidden, channels, per_column * whole, whole)
@@ -164,10 +179,11 @@ def sized_config(
     }
     for key in ("num_key_value_heads", "num_attention_heads"):
         settings[key] = settings[key] or 1  # every attention is gone: the value is never used
-    if settings.get("layer_types"):
-        settings["layer_types"] = [settings["layer_types"][i] for i in layers]
-    overrides = {j: _override(width, settings) for j, width in enumerate(widths)}
     base = old.model_type.removeprefix(PER_LAYER_PREFIX)
+    for name in FAMILIES[base].config_lists:
+        if settings.get(name):
+            settings[name] = [settings[name][i] for i in layers]
+    overrides = {j: _override(width, settings) for j, width in enumerate(widths)}
     if not any(overrides.values()):
         biased = any(name.endswith("_proj.bias") for name in names)
         stock = _stock_config(base, FAMILIES[base], settings, biased)

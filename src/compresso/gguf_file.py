@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso import gguf_numbers
-from compresso.families import family_of
+from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.gguf_tokens import write_tokens
 from compresso.padding import largest, pad
 from compresso.shape import LayerShape, describe, head_dim_of
@@ -55,6 +55,12 @@ def architecture_of(model: PreTrainedModel) -> str:
     family, shape = family_of(model.config.model_type), describe(model)
     first = shape.layers[0]
     equal = len(set(shape.layers)) == 1 and first.num_key_value_heads and first.intermediate_size
+    if family.gguf is None:
+        stock = model.config.model_type.removeprefix(PER_LAYER_PREFIX)
+        raise ValueError(
+            f"{stock} is not written for llama.cpp here; `--to padded` gives a stock checkpoint, which llama.cpp's own "
+            "convert_hf_to_gguf.py reads"
+        )
     if equal and ARCHITECTURES[family.gguf].square:
         equal = first.num_key_value_heads * first.queries_per_group * first.head_dim == shape.hidden_size
     name = family.gguf if equal else family.gguf_per_layer

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any
 def installed() -> bool:
     """Whether the package is there."""
     return importlib.util.find_spec("xllamacpp") is not None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class LlamaCpp:
@@ -26,6 +33,7 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, -1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.port = _free_port()  # two servers on one would answer for each other
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # rounds to half
         try:
             self._server = xllamacpp.Server(params)
@@ -59,5 +67,5 @@ class LlamaCpp:
         request = urllib.request.Request(
             f"{self._server.listening_address}/tokenize", asked, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["tokens"]

@@ -13,18 +13,33 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo2Model,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
 )
 
 
@@ -55,6 +70,18 @@ class NoMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+def sandwiched(layer):
+    """Whether a norm follows each sub-layer (Gemma, OLMo 2)."""
+    return hasattr(layer, "post_feedforward_layernorm")
+
+
+def without(layer, *names):
+    """Drop norms that a removed sub-layer leaves without work."""
+    for name in names:
+        if hasattr(layer, name):
+            setattr(layer, name, nn.Identity())
+
+
 class PerLayer:
     """Mixin before a stock model: builds each decoder layer from the config of that layer."""
 
@@ -70,12 +97,13 @@ class PerLayer:
             skipped = getattr(layer_config, "skip", ())
             if "attention" in skipped:
                 layer.self_attn = NoAttention(index)
-                layer.input_layernorm = nn.Identity()
+                without(layer, "input_layernorm", "post_attention_layernorm" if sandwiched(layer) else "")
             else:
                 layer.self_attn.config = config  # a copy would not see set_attn_implementation
             if "mlp" in skipped:
                 layer.mlp = NoMLP()
-                layer.post_attention_layernorm = nn.Identity()
+                names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+                without(layer, *(names if sandwiched(layer) else ["post_attention_layernorm"]))
         self.post_init()
 
     @classmethod
@@ -135,9 +163,82 @@ class Qwen3PerLayerForCausalLM(PerLayer, Qwen3ForCausalLM):
     config_class = Qwen3PerLayerConfig
 
 
+@strict(accept_kwargs=True)
+class Gemma2PerLayerConfig(Gemma2Config):
+    model_type = "compresso_gemma2"
+
+    def validate_architecture(self):
+        """Any number of heads fits any hidden size when head_dim is given."""
+
+
+class Gemma2PerLayerModel(PerLayer, Gemma2Model):
+    config_class = Gemma2PerLayerConfig
+
+
+class Gemma2PerLayerForCausalLM(PerLayer, Gemma2ForCausalLM):
+    config_class = Gemma2PerLayerConfig
+
+
+@strict(accept_kwargs=True)
+class Gemma3TextPerLayerConfig(Gemma3TextConfig):
+    model_type = "compresso_gemma3_text"
+
+    def validate_architecture(self):
+        """Any number of heads fits any hidden size when head_dim is given."""
+
+
+class Gemma3TextPerLayerModel(PerLayer, Gemma3TextModel):
+    config_class = Gemma3TextPerLayerConfig
+
+
+class Gemma3TextPerLayerForCausalLM(PerLayer, Gemma3ForCausalLM):
+    config_class = Gemma3TextPerLayerConfig
+
+
+class GranitePerLayerConfig(GraniteConfig):
+    model_type = "compresso_granite"
+
+
+class GranitePerLayerModel(PerLayer, GraniteModel):
+    config_class = GranitePerLayerConfig
+
+
+class GranitePerLayerForCausalLM(PerLayer, GraniteForCausalLM):
+    config_class = GranitePerLayerConfig
+
+
+class Olmo2PerLayerConfig(Olmo2Config):
+    model_type = "compresso_olmo2"
+
+
+class Olmo2PerLayerModel(PerLayer, Olmo2Model):
+    config_class = Olmo2PerLayerConfig
+
+
+class Olmo2PerLayerForCausalLM(PerLayer, Olmo2ForCausalLM):
+    config_class = Olmo2PerLayerConfig
+
+
+class SmolLM3PerLayerConfig(SmolLM3Config):
+    model_type = "compresso_smollm3"
+
+
+class SmolLM3PerLayerModel(PerLayer, SmolLM3Model):
+    config_class = SmolLM3PerLayerConfig
+
+
+class SmolLM3PerLayerForCausalLM(PerLayer, SmolLM3ForCausalLM):
+    config_class = SmolLM3PerLayerConfig
+
+
 CLASSES = [
     (LlamaPerLayerConfig, LlamaPerLayerModel, LlamaPerLayerForCausalLM),
     (MistralPerLayerConfig, MistralPerLayerModel, MistralPerLayerForCausalLM),
     (Qwen2PerLayerConfig, Qwen2PerLayerModel, Qwen2PerLayerForCausalLM),
     (Qwen3PerLayerConfig, Qwen3PerLayerModel, Qwen3PerLayerForCausalLM),
+    (Gemma2PerLayerConfig, Gemma2PerLayerModel, Gemma2PerLayerForCausalLM),
+    (Gemma3TextPerLayerConfig, Gemma3TextPerLayerModel, Gemma3TextPerLayerForCausalLM),
+    (GranitePerLayerConfig, GranitePerLayerModel, GranitePerLayerForCausalLM),
+    (Olmo2PerLayerConfig, Olmo2PerLayerModel, Olmo2PerLayerForCausalLM),
+    (SmolLM3PerLayerConfig, SmolLM3PerLayerModel, SmolLM3PerLayerForCausalLM),
 ]

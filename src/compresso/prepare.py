@@ -27,7 +27,7 @@ from compresso.perplexity import WINDOW, text_windows
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, Source, read_sources
 from compresso.self_data import write_records
-from compresso.shape import ModelShape, count_prunable, describe
+from compresso.shape import UNITS, ModelShape, count_prunable, describe
 from compresso.streamed import count_parameters, folder_of
 from compresso.streams import Stream, open_streams, take_held_out
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
@@ -49,9 +49,9 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     accelerator = _accelerator(config)
     set_seed(config.seed)
     model, tokenizer, stored, place = _load(config, str(start or config.model), accelerator)
-    shape = describe(model)
+    config = _with_units(config, model.config.model_type)
     if start is None:
-        _check_target(config, shape)
+        _check_target(config, describe(model))
     if prompt.format == "auto":
         prompt = replace(prompt, format="chat" if tokenizer.chat_template else "alpaca")
     context = getattr(model.config, "max_position_embeddings", None)
@@ -192,6 +192,20 @@ def _check_output(config: PruneConfig) -> None:
         path = Path(name.strip().rpartition(":")[0] or name.strip())
         if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
+
+
+def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
+    """The settings without units that this family cannot lack; raises ValueError if they were asked for."""
+    fixed = [unit for unit in config.units if unit in family_of(model_type).fixed]
+    if not fixed:
+        return config
+    left = tuple(unit for unit in config.units if unit not in fixed)
+    if config.units not in (UNITS[:2], UNITS[:3]) or not left:
+        raise ValueError(
+            f"{model_type} cannot lack some of its {fixed[0]} and compute the same; use --units {','.join(left)}"
+        )
+    console.print(f"{model_type}: {', '.join(left)} are removed; {', '.join(fixed)} cannot be, exactly", markup=False)
+    return replace(config, units=left)
 
 
 def _check_target(config: PruneConfig, shape: ModelShape) -> None:

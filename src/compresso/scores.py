@@ -78,7 +78,7 @@ def minitron(bench: Workbench) -> Scores:
     norms = [
         f"{family.layers}.{i}.{path}"
         for i, layer in enumerate(model.get_submodule(family.layers))
-        for path in (family.attention_norm, family.mlp_norm)
+        for path in (family.attention_norms[0], family.mlp_norms[0])
         if has(layer, path)
     ]
     given = calibration_batches(bench)

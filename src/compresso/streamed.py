@@ -19,6 +19,7 @@ from compresso import checkpoint
 from compresso import plan as plans
 from compresso.adapters import Adapter
 from compresso.extract import check_fit, cut_weights, smaller_config
+from compresso.families import family_of
 from compresso.plan import Plan
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.shape import count_prunable, describe
@@ -133,7 +134,7 @@ def write_cut(
     whole = shapes_of(config)
     shape = describe(whole)
     plan = plan or Plan(shape, shape.open_gates())
-    check_fit(plan, shape)
+    check_fit(plan, shape, family_of(config.model_type))
     old, tokenizer = read_weights(place, whole), checkpoint.load_tokenizer(str(place))
     dtype = old.dtype
     smaller = shapes_of(smaller_config(config, old, plan))

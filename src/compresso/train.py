@@ -73,7 +73,16 @@ class Teacher:
             return hidden_before_targets(self.model, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.get_submodule(family_of(self.model.config.model_type).head)(hidden).float()
+        return logits_of(self.model, hidden)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Float32 logits of what the head gets, scaled and capped as the config says (Granite, Gemma 2)."""
+    config = model.config
+    logits = model.get_submodule(family_of(config.model_type).head)(hidden).float()
+    logits = logits / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def hidden_before_targets(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -109,10 +118,9 @@ def mixed_loss(model: PreTrainedModel, batch: Batch, teacher: Teacher | None) ->
     if teacher is not None:
         aims.append(teacher.hidden(batch))
     hidden = hidden_before_targets(model, batch)
-    head = model.get_submodule(family_of(model.config.model_type).head)
 
     def loss_of(part: Tensor, label: Tensor, of_teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits = head(part).float()
+        logits = logits_of(model, part)
         loss = functional.cross_entropy(logits, label, reduction="sum")
         if teacher is None or of_teacher is None:
             return loss, loss.detach()
