@@ -5,19 +5,31 @@ layers and kinds comparable, so that one threshold serves for all (FLAP, arXiv 2
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from compresso.plan import Plan
 from compresso.shape import ModelShape
+from compresso.widths import Widths
+
+FAR = 0.05  # from the target: further away, equal widths are refused
+UNEVEN = 0.005  # of the parameters: by how much a number of groups may miss the target, for the gates' sake
 
 
-def uniform(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float, round_to: int = 1) -> Plan:
+def uniform(
+    shape: ModelShape,
+    scores: dict[str, Tensor],
+    target_sparsity: float,
+    round_to: int = 1,
+    groups_kept: Callable[[int, int], int] | None = None,
+) -> Plan:
     """Keep the best of every layer, the same share in all of them.
 
     With hidden channels, width and hidden size shrink by the same factor. Groups are coarse: only those go that the
-    share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest.
+    share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest. `groups_kept` may change the
+    number of groups that this rule keeps, given it and how many there are.
     """
     left = 1 - target_sparsity
     gates = shape.open_gates()
@@ -33,7 +45,8 @@ def uniform(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float
         rows = left * (layer.attention_rows + channels * shape.mlp_matrices)
         if "kv_group" in of and groups:
             share = left if "intermediate" in of else (rows - channels * shape.mlp_matrices) / layer.attention_rows
-            groups = min(groups, max(1, math.ceil(groups * share - 1e-9)))
+            kept = min(groups, max(1, math.ceil(groups * share - 1e-9)))
+            groups = groups_kept(kept, groups) if groups_kept else kept
             parts["kv_group"].append(best(of["kv_group"][i], groups))
         else:
             parts["kv_group"].append(before["kv_group"][i])
@@ -43,6 +56,42 @@ def uniform(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float
         else:
             parts["intermediate"].append(before["intermediate"][i])
     return Plan(shape, gates | {unit: torch.cat(values) for unit, values in parts.items()})
+
+
+def equally_wide(shape: ModelShape, open_probability: dict[str, Tensor], target_sparsity: float, rules: Widths) -> Plan:
+    """The plan whose layers are equally wide that contradicts learned gates least.
+
+    `open_probability` maps each kind of unit to the probability that each is open. Of every number of groups that the
+    rules allow, with the FFN width that then meets the target, the one is taken that has the fewest parameters in units
+    that it keeps and the gates would close, or the other way round. Raises ValueError if the model's layers differ, or
+    no widths that the rules allow come near the target.
+    """
+    if len(set(shape.layers)) > 1:
+        raise ValueError("--shape uniform needs a model whose layers are equally wide; this one was pruned unequally")
+    narrowest = min(shape.layers[0].intermediate_size, shape.hidden_size if "hidden" in open_probability else 10**9)
+    if rules.round_to > narrowest:
+        raise ValueError(f"widths in multiples of {rules.round_to} do not fit a width of {narrowest}")
+    most = shape.layers[0].num_key_value_heads
+    allowed = [n for n in range(1, most + 1) if rules.allows(n)] if "kv_group" in open_probability else [most]
+    plans = [uniform(shape, open_probability, target_sparsity, rules.round_to, lambda *_, n=n: n) for n in allowed]
+    nearest = min((abs(plan.sparsity - target_sparsity) for plan in plans), default=1.0)
+    if nearest > FAR:
+        found = ", ".join(f"{sparsity:.3f}" for sparsity in sorted({plan.sparsity for plan in plans})) or "nothing"
+        raise ValueError(
+            f"equal widths by these rules remove {found} of the prunable parameters, and {target_sparsity} was asked "
+            "for; choose one of these, or another --shape or --units"
+        )
+    plans = [plan for plan in plans if abs(plan.sparsity - target_sparsity) <= max(nearest, UNEVEN)]
+    return min(plans, key=lambda plan: _contradiction(shape, open_probability, plan))
+
+
+def _contradiction(shape: ModelShape, open_probability: dict[str, Tensor], plan: Plan) -> float:
+    """Expected parameters in units whose gates differ from the plan, in rows of a hidden channel each."""
+    price = {"kv_group": shape.layers[0].rows_per_group, "intermediate": shape.mlp_matrices, "hidden": 0}
+    return sum(
+        price.get(unit, 0) * float((plan.gates[unit] - p.double().cpu()).abs().sum())
+        for unit, p in open_probability.items()
+    )
 
 
 def standardised(shape: ModelShape, scores: dict[str, Tensor]) -> dict[str, Tensor]:

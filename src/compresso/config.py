@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from compresso.shape import UNITS
+from compresso.widths import Widths, parse
 
 PRESETS = {"fast": (150, 150), "default": (600, 600), "best": (3000, 3000)}
 """Steps of pruning and of recovery."""
@@ -41,6 +42,10 @@ class PruneConfig:
     intermediate, for minitron also hidden."""
     round_to: int = 1
     """Kept FFN widths and the hidden size become multiples of this."""
+    shape: str = "free"
+    """What the kept widths must be. free: each layer its own; uniform: the same in all layers, so that a stock class
+    holds the result; tp:N: uniform, for tensor parallel over N; vllm: uniform, in multiples of 128; llama.cpp: FFN
+    widths in multiples of 256, for K-quants; multiple:N: FFN widths in multiples of N."""
     method: Literal["l0", "random", "magnitude", "wanda", "flap", "taylor", "taylor2", "minitron", "shortgpt"] = "l0"
     """How units are chosen. l0: hard concrete gates trained with LoRA (the paper's method). The others score units
     once, without training, as others do: docs/methods.md tells how."""
@@ -151,6 +156,11 @@ class PruneConfig:
                 object.__setattr__(self, name, preset)
         if not any(self.units):
             object.__setattr__(self, "units", UNITS[:3] if self.method == "minitron" else UNITS[:2])
+        rules = self.widths  # raises for an unknown shape
+        if rules.uniform and self.method in ("shortgpt", "flap"):
+            raise ValueError(f"--method {self.method} chooses by whole layers or one threshold; it knows no --shape")
+        if rules.uniform and (self.allocation == "global" or {"attention", "mlp"} & set(self.units)):
+            raise ValueError("--shape uniform excludes --allocation global and the units attention and mlp")
         if not 0 < self.target_sparsity < 1:
             raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
         if any(not 0 < also < self.target_sparsity for also in self.also):
@@ -188,6 +198,11 @@ class PruneConfig:
             raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
         if self.accumulation > self.batch_size:
             raise ValueError(f"accumulation ({self.accumulation}) splits a batch of only {self.batch_size} records")
+
+    @property
+    def widths(self) -> Widths:
+        """The rules of --shape and --round-to."""
+        return parse(self.shape, self.round_to)
 
     def _check_types(self) -> None:
         """YAML and Python callers pass what they like; flags arrive checked."""

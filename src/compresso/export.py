@@ -164,7 +164,8 @@ def _refuse_unequal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     if len(set(layers)) > 1 or layers[0] != largest(layers):
         raise ValueError(
             f"no stock class holds this model: its layers differ in width ({_span(layers)}). `--to padded` fills "
-            "them up with zeros, `--to hf` carries the code that loads it, `--to gguf` is for llama.cpp"
+            "them up with zeros, `--to hf` carries the code that loads it, `--to gguf` is for llama.cpp; "
+            "`compresso prune --shape uniform` keeps layers equal"
         )
     _refuse_heads(model.config)
 

@@ -56,6 +56,20 @@ class Masks(nn.Module):
         for unit, a in self.log_alpha.items():
             a.copy_(self.limited(unit, a))
 
+    @torch.no_grad()
+    def level(self) -> None:
+        """Move the values of each layer together, so that any threshold keeps about as many units of a kind in each.
+
+        The quantile that moves to its mean over layers is that of the share of the kind that is expected to go; which
+        units of a layer go is not touched. Layers that have none of a kind are passed over.
+        """
+        for unit, a in self.log_alpha.items():
+            gone = 1 - float(hard_concrete.prob_open(a).mean())
+            parts = [part for part in a.split(self.shape.sizes(unit)) if (part > CLOSED / 2).any()]
+            bounds = torch.stack([part[part > CLOSED / 2].quantile(gone) for part in parts])
+            for part, bound in zip(parts, bounds, strict=True):
+                part += bounds.mean() - bound
+
     def limited(self, unit: str, log_alpha: Tensor) -> Tensor:
         """These values within their limits, pinned ones where they are pinned."""
         within = log_alpha.clamp(-hard_concrete.LIMIT, hard_concrete.LIMIT)

@@ -33,10 +33,11 @@ def one_shot(
     if not found:
         raise ValueError(f"--method {config.method} knows no unit of --units {','.join(config.units)}")
     allocation = allocation if config.allocation == "auto" else config.allocation
-    if allocation == "local":
-        plan = uniform(shape, found, config.target_sparsity, config.round_to)
+    rules = config.widths
+    if rules.uniform or allocation == "local":
+        plan = uniform(shape, found, config.target_sparsity, rules.round_to, rules.nearest)
     else:
-        plan = select(shape, standardised(shape, found), config.target_sparsity, config.round_to)
+        plan = select(shape, standardised(shape, found), config.target_sparsity, rules.round_to)
     if config.refit:
         refit(bench.model, plan, input_moments(bench.model, calibration_batches(bench), gram=True))
     return bench.model, plan

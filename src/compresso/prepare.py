@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from compresso import checkpoint, demo, quantised, sharded, tuning
+from compresso import allocation, checkpoint, demo, quantised, sharded, tuning
 from compresso import plan as plans
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
@@ -211,7 +211,11 @@ def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
 def _check_target(config: PruneConfig, shape: ModelShape) -> None:
     """Let the plan's own rules speak before hours of training, on made-up scores."""
     scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.units}
-    plans.select(shape, scores, config.target_sparsity, config.round_to)
+    rules = config.widths
+    if rules.uniform:
+        allocation.equally_wide(shape, scores, config.target_sparsity, rules)
+    else:
+        plans.select(shape, scores, config.target_sparsity, rules.round_to)
 
 
 def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:

@@ -52,6 +52,8 @@ class Pruning:
     lagrangian: Lagrangian
     learning_rate: float
     shrinking: Shrinking | None = None
+    level: bool = False
+    """Layers are to keep as many units each."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,8 @@ def fit(
         if pruning and gate_optimizer and gating:
             gate_optimizer.step()
             gate_optimizer.zero_grad()
+            if pruning.level:
+                pruning.masks.level()
             pruning.masks.clamp()
             sparsity, target = pruning.lagrangian.step(pruning.masks, step)
             if pruning.shrinking and phase == "hold" and step % EVERY == 0:
