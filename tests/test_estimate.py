@@ -45,7 +45,7 @@ def test_a_step_without_numbers_keeps_what_a_real_one_keeps(model_type, prompt, 
     if prompt:
         assert actual == pytest.approx(expected, rel=0.001)
     else:  # transformers makes a mask for tensors without numbers that it would leave out
-        assert expected <= actual <= 1.1 * expected
+        assert 0.999 * expected <= actual <= 1.1 * expected
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

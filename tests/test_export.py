@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from compresso import extract
 from compresso.export import FORMATS, export
 from compresso.families import FAMILIES
+from compresso.gguf_file import architecture_of
 from compresso.onnx_file import Onnx
 from compresso.shape import describe
 from test_extract import VARIANTS, gates_of, logits
@@ -35,6 +36,14 @@ def run(tmp_path, tokenizer):
     return make
 
 
+def not_in_llama_cpp(model):
+    try:
+        architecture_of(model)
+    except ValueError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize(("model_type", "settings"), VARIANTS)
 @pytest.mark.parametrize("widths", [EQUAL, UNEQUAL, DROPPED])
 @pytest.mark.parametrize("form", [name for name in FORMATS if name != "onnx"])
@@ -42,11 +51,10 @@ def test_every_form_computes_the_same_or_is_refused(form, widths, model_type, se
     folder, model = run(model_type, widths, **settings)
     out = tmp_path / "out"
     unequal = model.config.model_type.startswith("compresso_")
-    tied = model.config.tie_word_embeddings
     refused = {
         "stock": unequal,
         "nemotron-nas": FAMILIES[model_type].gguf_per_layer != "deci",
-        "gguf": FAMILIES[model_type].gguf is None or (unequal and model_type == "qwen3" and not tied),
+        "gguf": not_in_llama_cpp(model),
     }
     if refused.get(form):
         with pytest.raises(ValueError, match="--to "):
@@ -56,7 +64,8 @@ def test_every_form_computes_the_same_or_is_refused(form, widths, model_type, se
         return
     facts = export(folder, form, str(out), "f32")
     assert facts["checked"]
-    assert facts["log_probability_difference"] < 1e-4
+    rounded = form == "gguf" and model_type.startswith("gemma")  # its GELU is looked up in half precision there
+    assert facts["log_probability_difference"] < (1e-3 if rounded else 1e-4)
     assert json.loads((out / "export.json").read_text()) == facts
     if form in ("stock", "padded", "hf", "nemotron-nas"):
         loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)

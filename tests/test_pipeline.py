@@ -21,7 +21,7 @@ from compresso.families import FAMILIES
 from compresso.lagrangian import make_schedule
 from compresso.masks import Gates, Masks
 from compresso.prepare import prepare
-from compresso.shape import count_prunable, describe
+from compresso.shape import UNITS, count_prunable, describe
 from compresso.stopping import Stopped
 from tiny import QUICK, tiny_model
 
@@ -118,7 +118,7 @@ def test_all_units_of_every_family_at_once(model_type, tokenizer, data, tmp_path
         data=str(data),
         output=str(tmp_path / "run"),
         target_sparsity=0.5,
-        units="kv_group,intermediate,hidden,attention,mlp",
+        units=[unit for unit in UNITS if unit not in FAMILIES[model_type].fixed],
         round_to=4,
         **QUICK,
     )
@@ -127,6 +127,17 @@ def test_all_units_of_every_family_at_once(model_type, tokenizer, data, tmp_path
     assert all(width["intermediate_size"] % 4 == 0 for width in summary["widths"])
     loaded, _ = compresso.load(str(tmp_path / "run" / "model"))
     assert count_prunable(loaded) == summary["prunable_parameters"]["after"]
+
+
+def test_units_that_a_family_cannot_lack_are_left_out_or_refused(tokenizer, data, tmp_path):
+    tiny_model("olmo2", max_position_embeddings=512).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    settings = {**QUICK, "model": str(tmp_path / "dense"), "data": str(data), "output": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=r"olmo2 cannot lack some of its kv_group.*--units intermediate"):
+        compresso.prune(**settings, units="kv_group")
+    summary = compresso.prune(**settings, target_sparsity=0.2)
+    assert summary["units"] == ["intermediate"]
+    assert summary["sparsity"] == pytest.approx(0.2, abs=0.01)
 
 
 def test_repeating_a_recovery_gives_the_same_weights_and_going_further_does_not(finished, tmp_path):

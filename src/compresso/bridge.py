@@ -151,16 +151,14 @@ class PromptedLM(HFLM):
         length = len(self.prefix)
         before = self.prefix.expand(len(context), -1)
         mask = kwargs.pop("attention_mask")
-        using = with_cache(self.model, for_rows(self._cache, len(context))) if self._cache else {}
+        whole, mask = torch.cat([before, context], 1), torch.cat([torch.ones_like(before), mask], 1)
+        cache = self._cache
+        if getattr(self.config, "sliding_window", None) and not mask.all():
+            order = mask.argsort(dim=1, stable=True)  # padding between prompt and text would take room in the window
+            whole, mask, cache = whole.gather(1, order), mask.gather(1, order), None
+        using = with_cache(self.model, for_rows(cache, len(context))) if cache else {}
         using.pop("use_cache", None)  # lm-eval passes it
-        out = super()._model_generate(
-            torch.cat([before, context], 1),
-            max_length + length,
-            stop,
-            attention_mask=torch.cat([torch.ones_like(before), mask], 1),
-            **kwargs,
-            **using,
-        )
+        out = super()._model_generate(whole, max_length + length, stop, attention_mask=mask, **kwargs, **using)
         return out[:, length:]
 
 

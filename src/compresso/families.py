@@ -65,15 +65,16 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(gguf="llama", gguf_per_layer="deci"),
     "qwen2": Family(gguf="qwen2", gguf_per_layer="deci"),
     "qwen3": Family(query_key_norms=True, gguf="qwen3", gguf_per_layer="openelm"),
-    "smollm3": Family(config_lists=("layer_types", "no_rope_layers")),
-    "granite": Family(),
-    "gemma2": _SANDWICHED,
-    "gemma3_text": replace(_SANDWICHED, query_key_norms=True),
+    "smollm3": Family(config_lists=("layer_types", "no_rope_layers"), gguf="smollm3"),
+    "granite": Family(gguf="granite"),
+    "gemma2": replace(_SANDWICHED, gguf="gemma2"),
+    "gemma3_text": replace(_SANDWICHED, query_key_norms=True, gguf="gemma3"),
     "olmo2": Family(  # its query and key norms are over all heads together
         attention_norms=("post_attention_layernorm",),
         mlp_norms=("post_feedforward_layernorm",),
         query_key_norms=True,
         fixed=("kv_group",),
+        gguf="olmo2",
     ),
 }
 

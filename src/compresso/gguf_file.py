@@ -7,13 +7,14 @@ Equal widths are written as the family's own architecture, unequal ones as one w
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGUFWriter
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso import gguf_numbers
 from compresso.families import PER_LAYER_PREFIX, family_of
@@ -39,6 +40,8 @@ class Architecture:
     square: bool = False
     """Query heads together are as wide as the hidden size."""
     rope_factors: bool = False
+    every: tuple[str, int, Any] | None = None
+    """A list of the config that the loader does not read, but takes as: at every so many layers this value."""
 
 
 ARCHITECTURES = {
@@ -46,6 +49,11 @@ ARCHITECTURES = {
     "deci": Architecture(interleaved=True, per_layer=True, no_attention=True, rope_factors=True),
     "qwen2": Architecture(square=True),
     "qwen3": Architecture(),
+    "smollm3": Architecture(interleaved=True, every=("no_rope_layers", 4, 0)),
+    "granite": Architecture(interleaved=True),
+    "gemma2": Architecture(every=("layer_types", 2, "full_attention")),
+    "gemma3": Architecture(every=("layer_types", 6, "full_attention")),
+    "olmo2": Architecture(square=True),
     "openelm": Architecture(per_layer=True, fused=True, tied_only=True),
 }
 
@@ -55,8 +63,8 @@ def architecture_of(model: PreTrainedModel) -> str:
     family, shape = family_of(model.config.model_type), describe(model)
     first = shape.layers[0]
     equal = len(set(shape.layers)) == 1 and first.num_key_value_heads and first.intermediate_size
+    stock = model.config.model_type.removeprefix(PER_LAYER_PREFIX)
     if family.gguf is None:
-        stock = model.config.model_type.removeprefix(PER_LAYER_PREFIX)
         raise ValueError(
             f"{stock} is not written for llama.cpp here; `--to padded` gives a stock checkpoint, which llama.cpp's own "
             "convert_hf_to_gguf.py reads"
@@ -67,10 +75,11 @@ def architecture_of(model: PreTrainedModel) -> str:
     tied = model.config.tie_word_embeddings
     if name is None or (ARCHITECTURES[name].tied_only and not tied):
         raise ValueError(
-            f"llama.cpp has no architecture for a {model.config.model_type} whose layers differ in width"
-            f"{'' if name is None else ' and whose head is a matrix of its own'}; "
-            "`--to padded` first, then `--to gguf` of its result, works"
+            f"llama.cpp has no architecture for a {stock} whose layers differ in width or whose query heads together "
+            f"are not as wide as its hidden size{'' if name is None else ', with a head of its own'}; `--to padded` "
+            "first, then `--to gguf` of its result, works for the former"
         )
+    _check_constants(model, name)
     factors = rope_factors(model)
     if factors is not None and not ARCHITECTURES[name].rope_factors:
         raise ValueError(
@@ -78,6 +87,22 @@ def architecture_of(model: PreTrainedModel) -> str:
             f"for llama.cpp's {name}"
         )
     return name
+
+
+def _check_constants(model: PreTrainedModel, name: str) -> None:
+    """Raise ValueError for what llama.cpp's loader takes as given and this model has otherwise."""
+    config, every = model.config, ARCHITECTURES[name].every
+    if every is not None:
+        key, step, value = every
+        found = [i for i, entry in enumerate(getattr(config, key)) if entry == value]
+        if found != list(range(step - 1, config.num_hidden_layers, step)):
+            raise ValueError(
+                f"llama.cpp takes one layer in {step} of a {name} to be {value!r} in {key}, and here these are "
+                f"{found}; keep all layers (prune groups and channels), or use `--to hf`"
+            )
+    expected = getattr(config, "query_pre_attn_scalar", head_dim_of(config))
+    if expected != head_dim_of(config):
+        raise ValueError(f"llama.cpp scales queries by head_dim ({head_dim_of(config)}), this model by {expected}")
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, kind: str, title: str) -> str:
@@ -116,21 +141,30 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
     return name
 
 
+def _main_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary settings, those of full attention where sliding attention has its own."""
+    rope = config.rope_parameters
+    return rope.get("full_attention", rope)
+
+
 def rope_factors(model: PreTrainedModel) -> Tensor | None:
     """What each rotary frequency of the model is slowed down by, (head_dim / 2,); None where it is not.
 
     Raises ValueError for scalings that depend on the length of the text or scale attention.
     """
     config = model.config
-    rope = config.rope_parameters
+    rope = _main_rope(config)
     rotary = model.get_submodule(family_of(config.model_type).layers.rpartition(".")[0]).rotary_emb
     with torch.device("cpu"):
         rotary = type(rotary)(config)  # the model's own may be a shape without numbers
-    if rope["rope_type"] not in ("default", "linear", "llama3") or rotary.attention_scaling != 1:
+    kind = "full_attention_" if "full_attention" in config.rope_parameters else ""
+    if not hasattr(rotary, f"{kind}inv_freq"):
+        return None  # no layer looks at all of a text
+    if rope["rope_type"] not in ("default", "linear", "llama3") or getattr(rotary, f"{kind}attention_scaling") != 1:
         raise ValueError(f"rotary positions scaled as {rope['rope_type']!r} are not written for llama.cpp")
     head_dim = head_dim_of(config)
     plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    factors = plain / rotary.inv_freq.double()
+    factors = plain / getattr(rotary, f"{kind}inv_freq").double()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors.float()
 
 
@@ -152,7 +186,11 @@ def _write_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Archi
         return [width[key] for width in widths] if architecture.per_layer else widths[0][key]
 
     head_dim = head_dim_of(config)
-    context = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+    window = getattr(config, "sliding_window", None)
+    mixed = architecture.every is not None and architecture.every[0] == "layer_types"
+    if window and mixed:
+        writer.add_sliding_window(window)
+    context = [config.max_position_embeddings, None if mixed else window]  # where its loader knows no window
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
     writer.add_context_length(min(length for length in context if length))
     writer.add_embedding_length(config.hidden_size)
@@ -163,14 +201,27 @@ def _write_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Archi
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(_main_rope(config)["rope_theta"])
+    if "sliding_attention" in config.rope_parameters:
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for add, key in (
+        (writer.add_attention_scale, "attention_multiplier"),
+        (writer.add_embedding_scale, "embedding_multiplier"),
+        (writer.add_residual_scale, "residual_multiplier"),
+        (writer.add_logit_scale, "logits_scaling"),
+        (writer.add_attn_logit_softcapping, "attn_logit_softcapping"),
+        (writer.add_final_logit_softcapping, "final_logit_softcapping"),
+    ):
+        if getattr(config, key, None) is not None:
+            add(getattr(config, key))
 
 
 def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's name and value of every tensor, one after the other."""
     architecture, family = ARCHITECTURES[name], family_of(model.config.model_type)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_hidden_layers)  # the fullest of them
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     layers, weights = describe(model).layers, model.state_dict()
     heads = {family.query: "num_attention_heads", family.key: "num_key_value_heads"}
     for key, value in weights.items():
@@ -186,7 +237,7 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
         elif not (architecture.fused and path in (family.key, family.value)):
             target = names.get_name(module)
             assert target, module
-            yield f"{target}.{kind}", value
+            yield f"{target}.{kind}", value + family.norm_offset if module.endswith("norm") else value
     factors = rope_factors(model)
     if factors is not None:
         yield "rope_freqs.weight", factors

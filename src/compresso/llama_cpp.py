@@ -39,6 +39,7 @@ class LlamaCpp:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ValueError(f"llama.cpp does not load {path}: {error}") from error
+        self.complete([0], 1)  # a server that goes before its loop has begun waits for it for ever
 
     def complete(self, prompt: Sequence[int] | str, tokens: int, **settings: Any) -> dict[str, Any]:
         """The server's own answer to a greedy completion."""
