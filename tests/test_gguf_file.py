@@ -18,6 +18,7 @@ from compresso.gguf_numbers import MIXES
 from compresso.gguf_tokens import SAMPLE, SPLITS
 from compresso.llama_cpp import LlamaCpp
 from compresso.padding import largest, pad
+from compresso.perplexity import window_nats
 from compresso.shape import describe
 from documents import WORDS
 from test_extract import VARIANTS, gates_of, logits
@@ -76,6 +77,14 @@ def test_llama_cpp_says_what_transformers_says(model_type, tokenizer, token_ids,
     expected = model.generate(token_ids[:1], max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
     said = LlamaCpp(tmp_path / "model.gguf").greedy(token_ids[0].tolist(), 32)
     assert said == expected[0, token_ids.shape[1] :].tolist()
+
+
+def test_the_perplexity_is_that_of_transformers(tokenizer, tmp_path):
+    model = smaller("llama", UNEQUAL)
+    gguf_file.write(model, tokenizer, tmp_path / "model.gguf", "f32", "tiny")
+    windows = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    runtime = LlamaCpp(tmp_path / "model.gguf")
+    assert [runtime.mean_nats(row.tolist()) for row in windows] == pytest.approx(window_nats(model, windows), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", MIXES)

@@ -62,6 +62,17 @@ class LlamaCpp:
             said.append(next(iter(self.log_probabilities([*prompt, *said], 1))))
         return said
 
+    def mean_nats(self, ids: Sequence[int]) -> float:
+        """Mean loss of all tokens after the first, each predicted from those before it."""
+        total = 0.0
+        for i in range(1, len(ids)):
+            said = self.complete(list(ids[:i]), 1, n_probs=1, logit_bias=[[ids[i], 1e3]])["choices"][0]["logprobs"]
+            if said is None:  # a part of a character: found among all tokens
+                total -= self.log_probabilities(ids[:i], 10**6)[ids[i]]
+            else:
+                total -= said["content"][0]["logprob"]
+        return total / (len(ids) - 1)
+
     def tokens(self, text: str) -> list[int]:
         """As llama.cpp divides a text, special tokens read as such."""
         asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
