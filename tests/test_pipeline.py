@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import compresso
 from compresso import plan, train
@@ -101,7 +101,7 @@ def test_equal_widths_load_as_a_stock_class_in_a_stock_process(checkpoint, data,
     code = f"""
 import sys
 sys.modules["compresso"] = None
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder / "model")!r})
 print(type(model).__name__, model.config.hidden_size)
 """
@@ -127,6 +127,17 @@ def test_all_units_of_every_family_at_once(model_type, tokenizer, data, tmp_path
     assert all(width["intermediate_size"] % 4 == 0 for width in summary["widths"])
     loaded, _ = compresso.load(str(tmp_path / "run" / "model"))
     assert count_prunable(loaded) == summary["prunable_parameters"]["after"]
+
+
+@pytest.mark.parametrize("method", ["l0", "wanda"])
+def test_a_pruned_model_of_unequal_widths_is_pruned_again(method, finished, data, tmp_path):
+    before = json.loads((finished / "summary.json").read_text())
+    assert AutoConfig.from_pretrained(finished / "model").model_type == "compresso_llama"
+    settings = {**QUICK, "model": str(finished / "model"), "data": str(data), "output": str(tmp_path / "run")}
+    summary = compresso.prune(**settings, target_sparsity=0.25, method=method)
+    assert summary["prunable_parameters"]["before"] == before["prunable_parameters"]["after"]
+    assert summary["sparsity"] == pytest.approx(0.25, abs=0.01)
+    assert summary["max_logit_difference"] < 1e-3
 
 
 def test_units_that_a_family_cannot_lack_are_left_out_or_refused(tokenizer, data, tmp_path):

@@ -200,10 +200,9 @@ def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     if not fixed:
         return config
     left = tuple(unit for unit in config.units if unit not in fixed)
-    if config.units not in (UNITS[:2], UNITS[:3]) or not left:
-        raise ValueError(
-            f"{model_type} cannot lack some of its {fixed[0]} and compute the same; use --units {','.join(left)}"
-        )
+    if config.units not in (UNITS[:2], UNITS[:3]):
+        wanted = ",".join(left) or "intermediate"
+        raise ValueError(f"{model_type} cannot lack some of its {fixed[0]} and compute the same; use --units {wanted}")
     console.print(f"{model_type}: {', '.join(left)} are removed; {', '.join(fixed)} cannot be, exactly", markup=False)
     return replace(config, units=left)
 
