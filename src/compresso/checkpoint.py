@@ -26,6 +26,7 @@ from compresso import demo, nemotron_nas, per_layer
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import describe
+from compresso.unfused import UNFUSED
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 REMOTE_CODE = {per_layer: "modeling_compresso.py", nemotron_nas: "modeling_decilm.py"}
@@ -65,9 +66,15 @@ def find(model: str, any_family: bool = False) -> str:
     except BAD_CONFIG as error:
         raise _unreadable(model, path.is_dir(), error) from error
     if not any_family:
-        family_of(config.model_type)
+        _check_family(config.model_type)
         _refuse_quantised(model, config)
     return model
+
+
+def _check_family(model_type: str) -> None:
+    """Raise ValueError for a model_type that is none of FAMILIES, and is not turned into one."""
+    if model_type not in UNFUSED:
+        family_of(model_type)
 
 
 def load(
@@ -88,6 +95,8 @@ def load(
     except BAD_WEIGHTS as error:
         raise ValueError(f"the weights of {model} cannot be loaded: {first_line(error)}") from error
     _refuse_incomplete(model, info)
+    if not any_family and loaded.config.model_type in UNFUSED:
+        loaded = UNFUSED[loaded.config.model_type](loaded)
     return loaded.eval(), load_tokenizer(model)
 
 
@@ -119,7 +128,7 @@ def _check_folder(folder: Path, any_family: bool) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged or names no model_type: {first_line(error)}") from error
     if not any_family:
-        family_of(str(model_type))
+        _check_family(str(model_type))
     if not any(folder.glob("*.safetensors")):
         pickles = [file.name for pattern in PICKLED for file in folder.glob(pattern)]
         if pickles:

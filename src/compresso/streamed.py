@@ -23,6 +23,7 @@ from compresso.families import family_of
 from compresso.plan import Plan
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.shape import count_prunable, describe
+from compresso.unfused import UNFUSED
 from compresso.workbench import progress_bar
 
 SHARD_BYTES = 5_000_000_000
@@ -113,6 +114,12 @@ def folder_of(model: str) -> Path:
             f"{model} is no folder with safetensors; `compresso prune` reads it in one process, and writes one"
         )
     place = Path(checkpoint.find(model))
+    model_type = AutoConfig.from_pretrained(checkpoint.find(model), trust_remote_code=False).model_type
+    if model_type in UNFUSED:
+        raise ValueError(
+            f"{model} is a {model_type}, which is taken apart when it is loaded whole; reading it from file to file "
+            "(--sharded, --precision 4bit, `compresso extract`) is not possible"
+        )
     if place.is_dir():
         return place
     return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]))
