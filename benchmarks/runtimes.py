@@ -3,7 +3,8 @@
 python benchmarks/runtimes.py runs/demo --text held-out.txt
 
 Dense and pruned files take turns, each in a process of its own; medians and spreads over the rounds. The perplexity is
-llama.cpp's, token by token, and for f32 is compared with transformers'.
+llama.cpp's, token by token, and for f32 is compared with transformers'. What has been measured of it is not measured
+again; `--rounds 0` leaves speeds as they are.
 """
 
 import argparse
@@ -48,26 +49,45 @@ def main() -> None:
         for name, model in models.items()
         for kind in KINDS
     }
-    speeds: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in files}
-    for _ in range(given.rounds):
-        for key, file in files.items():
-            command = [sys.executable, __file__, given.run, "--speed", str(file), "--threads", str(given.threads)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            speeds[key].append(json.loads(done.stdout.splitlines()[-1]))
-    result: dict[str, Any] = {"versions": versions(), "rounds": given.rounds, "threads": given.threads, "rows": []}
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
+    if given.rounds:
+        found |= {"versions": versions(), "rounds": given.rounds, "threads": given.threads}
+        speeds: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in files}
+        for _ in range(given.rounds):
+            for key, file in files.items():
+                command = [sys.executable, __file__, given.run, "--speed", str(file), "--threads", str(given.threads)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                speeds[key].append(json.loads(done.stdout.splitlines()[-1]))
+        for (name, kind), each in speeds.items():
+            row = _row(found, name, kind)
+            row["file_bytes"] = files[name, kind].stat().st_size
+            for what in each[0]:
+                values = [one[what] for one in each]
+                row[what] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, model in models.items():
+            loaded, _ = checkpoint.load(checkpoint.of_run(model))
+            found[f"{name}_parameters"] = sum(p.numel() for p in loaded.parameters())
+        _save(found)
     for (name, kind), file in files.items():
-        row = {"model": name, "type": kind, "file_bytes": file.stat().st_size}
-        for what in speeds[name, kind][0]:
-            values = [each[what] for each in speeds[name, kind]]
-            row[what] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        if given.text:
+        row = _row(found, name, kind)
+        if given.text and row.get("perplexity_tokens") != given.windows * WINDOW:
             row |= _perplexities(models[name], file, kind, given.text, given.windows)
-        result["rows"].append(row)
+            _save(found)
         print(json.dumps(row), flush=True)
-    for name, model in models.items():
-        loaded, _ = checkpoint.load(checkpoint.of_run(model))
-        result[f"{name}_parameters"] = sum(p.numel() for p in loaded.parameters())
-    whole_files.write(RESULT, f"{json.dumps(result, indent=2)}\n".encode())
+
+
+def _row(found: dict[str, Any], name: str, kind: str) -> dict[str, Any]:
+    """The entry of one file, made if need be."""
+    key = {"model": name, "type": kind}
+    for row in found["rows"]:
+        if key.items() <= row.items():
+            return row
+    found["rows"].append(key)
+    return key
+
+
+def _save(found: dict[str, Any]) -> None:
+    whole_files.write(RESULT, f"{json.dumps(found, indent=2)}\n".encode())
 
 
 def _written(model: str, kind: str, folder: Path) -> Path:
@@ -92,7 +112,10 @@ def _perplexities(model: str, file: Path, kind: str, text: Path, windows: int) -
     loaded, tokenizer = checkpoint.load(checkpoint.of_run(model), dtype=torch.float32)
     ids = text_windows(text.read_text(encoding="utf-8"), tokenizer, windows, WINDOW)
     runtime = LlamaCpp(file, WINDOW + 8, torch.get_num_threads())
-    found = {"perplexity": perplexity([runtime.mean_nats(row.tolist()) for row in ids])}
+    found = {
+        "perplexity_tokens": windows * WINDOW,
+        "perplexity": perplexity([runtime.mean_nats(row.tolist()) for row in ids]),
+    }
     if kind == "f32":
         found["perplexity_transformers"] = perplexity(window_nats(loaded, ids))
     return found
