@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/large-models.md from committed results in benchmarks/results/.
+"""Write the tables of README.md and of pages in docs/ from committed results in benchmarks/results/.
 
 python benchmarks/readme_results.py                                         # the pages from the results
 python benchmarks/readme_results.py --run runs/demo --eval runs/demo/eval.json   # the results from a run first
@@ -11,7 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
 from compresso import eval_table
+from compresso.compatibility import verdicts
+from compresso.extract import sized_config
+from compresso.streamed import shapes_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -19,6 +25,7 @@ DEMO, EVALUATION = RESULTS / "demo.json", RESULTS / "evaluation.json"
 PAGES = {
     "README.md": ("demo", "evaluation", "quality", "cost"),
     "docs/large-models.md": ("processes", "growth", "tricks"),
+    "docs/deploy.md": ("compatibility", "runtimes"),
 }
 STAGES = ("dense", "cut", "recovered")
 
@@ -212,6 +219,57 @@ def quality_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", text])
 
 
+def compatibility_table() -> str:
+    """Which runtimes load SmolLM2-135M with a fifth of its parameters gone, widths equal and not."""
+    dense = AutoConfig.for_model(
+        "llama",
+        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+        **{"num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True},
+    )
+    equal = [{"num_key_value_heads": 3, "num_attention_heads": 9, "intermediate_size": 1126}] * 30
+    unequal = [{**width, "intermediate_size": width["intermediate_size"] - i} for i, width in enumerate(equal)]
+    unequal[3] = {"num_key_value_heads": 2, "num_attention_heads": 6, "intermediate_size": 1200}
+    lines = ["| runtime | loads | why | to do | known from |", "|---|---|---|---|---|"]
+    for title, widths in (("equal widths (`--shape uniform`)", equal), ("unequal widths", unequal)):
+        lines.append(f"| **{title}** | | | | |")
+        model = shapes_of(sized_config(dense, (), widths, 576, range(30)), torch.bfloat16)
+        for verdict in verdicts(model):
+            loads = "yes" if verdict.loads else "after export" if "export" in verdict.do else "no"
+            lines.append(f"| {verdict.runtime} | {loads} | {verdict.why} | {verdict.do} | {verdict.known} |")
+    return "\n".join(lines)
+
+
+def runtimes_table(found: dict[str, Any]) -> str:
+    """Dense and pruned in llama.cpp, from runtimes.json."""
+    kinds = list(dict.fromkeys(row["type"] for row in found["rows"]))
+    rows = {(row["model"], row["type"]): row for row in found["rows"]}
+    lines = [
+        "| numbers | file, MB | memory, MB | prefill, tokens/s | decode, tokens/s | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in kinds:
+        pair = [rows[name, kind] for name in ("dense", "pruned")]
+        cells = [
+            " → ".join(f"{row['file_bytes'] / 1e6:.0f}" for row in pair),
+            " → ".join(f"{row['peak_memory_bytes']['median'] / 1e6:.0f}" for row in pair),
+            " → ".join(spread(row["prefill_tokens_per_second"], 0) for row in pair),
+            " → ".join(spread(row["decode_tokens_per_second"], 0) for row in pair),
+            " → ".join(f"{row['perplexity']:.1f}" for row in pair),
+        ]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    exact = [rows[name, "f32"] for name in ("dense", "pruned")]
+    apart = max(abs(row["perplexity"] / row["perplexity_transformers"] - 1) for row in exact)
+    sizes = " → ".join(f"{found[f'{name}_parameters'] / 1e6:.1f} M" for name in ("dense", "pruned"))
+    lines += [
+        "",
+        f"Dense → pruned ({sizes} parameters), files in turn, medians (smallest to largest) of {found['rounds']} "
+        f"rounds, {found['threads']} threads, a prompt of 256 tokens and 64 after it; perplexity on "
+        f"{exact[0]['perplexity_tokens']} tokens of Wikipedia in windows of 128, right after cutting. In f32 it is "
+        f"within {100 * apart:.2f} % of transformers'.",
+    ]
+    return "\n".join(lines)
+
+
 def sections() -> dict[str, str]:
     """The generated parts of the pages, by name."""
     tables: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -222,8 +280,9 @@ def sections() -> dict[str, str]:
         "growth": ("cost", growth_table),
         "processes": ("processes", processes_table),
         "tricks": ("tricks", tricks_table),
+        "runtimes": ("runtimes", runtimes_table),
     }
-    parts = {}
+    parts = {"compatibility": compatibility_table()}
     for part, (name, table) in tables.items():
         file = RESULTS / f"{name}.json"
         parts[part] = table(json.loads(file.read_text())) if file.exists() else "Not measured yet."

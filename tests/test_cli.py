@@ -256,7 +256,12 @@ def test_the_installed_command_stops_cleanly_on_ctrl_c(checkpoint, data, tmp_pat
 
     args = ["prune", "--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out"), *QUICK]
     command = [sys.executable, "-m", "compresso.cli", *args, "--steps", "100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def hear():  # a job in the background of a script is born deaf to it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=silent, text=True, preexec_fn=hear)
     metrics = tmp_path / "out" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.read_text().count("\n") > 2:

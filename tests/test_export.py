@@ -1,6 +1,7 @@
 """Every form of a model computes what the model does, or is refused with what works instead."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -74,6 +75,30 @@ def test_every_form_computes_the_same_or_is_refused(form, widths, model_type, se
     if form in ("stock", "padded"):
         assert loaded.config.model_type in (model_type, "mistral")
         assert len(set(describe(loaded).layers)) == 1
+
+
+def test_a_large_model_is_compared_in_its_own_numbers(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[export.__module__], "EXACT_UP_TO", 0)
+    folder, _ = run("llama", UNEQUAL)
+    assert export(folder, "padded", str(tmp_path / "out"))["checked"]
+
+
+def test_what_computes_something_else_is_not_left_behind(run, tmp_path, monkeypatch):
+    folder, _ = run("llama", UNEQUAL)
+    other = tiny_model("llama", vocab_size=320)
+    monkeypatch.setattr(sys.modules[export.__module__], "pad", lambda model, layers: other)
+    with pytest.raises(RuntimeError, match="a bug of compresso"):
+        export(folder, "padded", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_damaged_weights_are_told(run, tmp_path):
+    folder, model = run("llama", EQUAL)
+    model.model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="weights may be damaged"):
+        export(folder, "stock", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("form", ["stock", "padded"])

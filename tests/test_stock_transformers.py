@@ -1,5 +1,6 @@
 """What was written loads where compresso is not installed: in the oldest transformers that we take, and in this one."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -47,25 +48,30 @@ def ask(folders, ids, where: Path, path: str) -> tuple[str, dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def written(tokenizer, tmp_path_factory):
+    """Folders of every family and form, and the model of each."""
+    place, models = tmp_path_factory.mktemp("forms"), {}
+    for name, (kind, widths) in itertools.product(FAMILIES, WIDTHS.items()):
+        model = tiny_model(name, vocab_size=320)
+        smaller = extract(model, gates_of(model, {**widths, "hidden": [24]}))
+        source = place / f"{name}-{kind}"
+        smaller.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        forms = ["hf"] if kind == "equal" else ["hf", "padded"]
+        for form in (*forms, *(["nemotron-nas"] if FAMILIES[name].gguf_per_layer == "deci" else [])):
+            export(str(source), form, str(place / f"{name}-{kind}-{form}"))
+            models[place / f"{name}-{kind}-{form}"] = smaller
+    return models
+
+
 @pytest.mark.parametrize("version", ["5.16", "installed"])
-def test_every_form_loads_without_compresso(version, tokenizer, token_ids, tmp_path):
+def test_every_form_loads_without_compresso(version, written, token_ids, tmp_path):
     oldest = Path(sys.prefix) / "oldest"
     assert (oldest / "transformers").is_dir(), f"no transformers 5.16 in {oldest}; `make setup` puts it there"
-    expected = {}
-    for name in FAMILIES:
-        for kind, widths in WIDTHS.items():
-            model = tiny_model(name, vocab_size=320)
-            smaller = extract(model, gates_of(model, {**widths, "hidden": [24]}))
-            source = tmp_path / f"{name}-{kind}"
-            smaller.save_pretrained(source)
-            tokenizer.save_pretrained(source)
-            for form in ("hf", "padded", *(["nemotron-nas"] if FAMILIES[name].gguf_per_layer == "deci" else [])):
-                export(str(source), form, str(tmp_path / f"{name}-{kind}-{form}"))
-                expected[tmp_path / f"{name}-{kind}-{form}"] = smaller
-    (tmp_path / "modules").mkdir()
-    found_version, found = ask(expected, token_ids, tmp_path / "modules", str(oldest) if version == "5.16" else "")
+    found_version, found = ask(written, token_ids, tmp_path, str(oldest) if version == "5.16" else "")
     assert found_version.startswith(version) or version == "installed"
-    for folder, smaller in expected.items():
+    for folder, smaller in written.items():
         values, said, base = found[str(folder)]
         torch.testing.assert_close(torch.tensor(values), logits(smaller, token_ids), rtol=0, atol=1e-4)
         greedy = smaller.generate(token_ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -17,6 +17,7 @@ from compresso.export import FORMATS
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.shape import describe
 from compresso.streamed import shapes_of
+from compresso.unfused import UNFUSED
 from compresso.workbench import console
 
 RUN, READ = "run by the tests", "read from its code"
@@ -111,15 +112,17 @@ def _divisors(number: int) -> str:
 def check(run: str) -> list[Verdict]:
     """Print the table for a run folder or checkpoint, and write it beside it as compatibility.json.
 
-    Reads the config alone. Raises FileNotFoundError or ValueError for what is no checkpoint.
+    Reads the config alone, where that tells. Raises FileNotFoundError or ValueError for what is no checkpoint.
     """
     place = checkpoint.find(checkpoint.of_run(run))
-    if place.endswith(".gguf"):
+    config = None if place.endswith(".gguf") else AutoConfig.from_pretrained(place, trust_remote_code=False)
+    if config is None or config.model_type in UNFUSED:
         model, _ = checkpoint.load(place)
     else:
-        model = shapes_of(AutoConfig.from_pretrained(place, trust_remote_code=False))
+        model = shapes_of(config)
     found = verdicts(model)
-    table = Table(title=Text(run), caption=f"formats of compresso export: {', '.join(FORMATS)}")
+    forms = "\n".join(f"--to {name}: {form.about}" for name, form in FORMATS.items())
+    table = Table(title=Text(run), caption=forms, caption_justify="left")
     for column in ("runtime", "loads", "why", "to do", "known from"):
         table.add_column(column, overflow="fold")
     for verdict in found:
