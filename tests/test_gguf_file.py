@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compresso import checkpoint, extract, gguf_file
 from compresso.families import FAMILIES
-from compresso.gguf_numbers import MIXES
+from compresso.gguf_numbers import MIXES, fitting
 from compresso.gguf_tokens import SAMPLE, SPLITS
 from compresso.llama_cpp import LlamaCpp
 from compresso.padding import largest, pad
@@ -101,6 +101,33 @@ def test_numbers_are_as_near_as_their_format_allows(kind, tokenizer, tmp_path):
         found = gguf.dequantize(tensor.data, tensor.tensor_type)
         assert np.linalg.norm(found - weight.numpy()) <= worst * np.linalg.norm(weight)
     assert LlamaCpp(tmp_path / "model.gguf").greedy([5, 6], 2)
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "expected"),
+    [
+        (1126, "f16", 1126),
+        (1126, "q8_0", 1152),
+        (1126, "q4_k_m", 1152),
+        (11000, "q4_k_m", 11008),
+        (1024, "q4_k_m", 1024),
+        (33, "q8_0", 33),
+    ],
+)
+def test_ffn_widths_are_filled_up_where_that_takes_less_room(width, kind, expected):
+    assert fitting(width, 576, MIXES[kind]) == expected
+
+
+def test_a_quantised_file_of_odd_widths_predicts_what_the_model_does(tokenizer, token_ids, tmp_path):
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96)
+    cut = extract(model, gates_of(model, {"intermediate": [75, 60, 96]}))
+    gguf_file.write(cut, tokenizer, tmp_path / "model.gguf", "q8_0", "tiny")
+    sizes = {t.name: t for t in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert [int(sizes[f"blk.{i}.ffn_down.weight"].shape[0]) for i in range(3)] == [96, 64, 96]
+    assert sizes["blk.0.ffn_down.weight"].tensor_type == Number.Q8_0
+    found = LlamaCpp(tmp_path / "model.gguf").log_probabilities(token_ids[0].tolist(), 300)
+    expected = torch.log_softmax(logits(cut, token_ids[:1])[0, -1], -1)
+    assert (torch.tensor([found[i] for i in range(300)]) - expected).abs().mean() < 0.3
 
 
 def test_a_mix_gives_better_numbers_to_what_matters_more(tokenizer, tmp_path):

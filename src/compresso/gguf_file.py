@@ -112,8 +112,10 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
     """
     gguf_numbers.check(kind)
     name = architecture_of(model)
-    model = pad(model, [_readable(i, layer, name, model) for i, layer in enumerate(describe(model).layers)])
     mix = gguf_numbers.MIXES[kind]
+    layers = [_readable(i, layer, name, model) for i, layer in enumerate(describe(model).layers)]
+    widths = [gguf_numbers.fitting(layer.intermediate_size, model.config.hidden_size, mix) for layer in layers]
+    model = pad(model, [replace(layer, intermediate_size=n) for layer, n in zip(layers, widths, strict=True)])
     writer = GGUFWriter(path, name)
     writer.add_name(title)
     writer.add_file_type(mix.file_type)

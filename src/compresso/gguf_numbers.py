@@ -60,6 +60,22 @@ def number_of(name: str, size: tuple[int, ...], mix: Mix, layers: int, tied: boo
     return number
 
 
+def fitting(width: int, hidden_size: int, mix: Mix) -> int:
+    """The FFN width, with zero channels added, whose three matrices take the least room.
+
+    A row that is no multiple of a format's block is stored in a larger format, or in half precision.
+    """
+
+    def bits(columns: int) -> float:
+        block, size = gguf.GGML_QUANT_SIZES[number_of("blk.0.ffn_gate", (1, columns), mix, 1, False)]
+        return 8 * size / block
+
+    def room(padded: int) -> float:
+        return padded * (bits(padded) + 2 * bits(hidden_size))
+
+    return min((-(-width // grain) * grain for grain in (1, 32, K_BLOCK)), key=room)
+
+
 def encode(array: np.ndarray, number: Number) -> np.ndarray:
     """An array (rows, columns) of float32 in another format, as bytes where it is quantised.
 
