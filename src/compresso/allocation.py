@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compresso.plan import Plan
+from compresso import hard_concrete
+from compresso.plan import Plan, select
 from compresso.shape import ModelShape
 from compresso.widths import Widths
 
@@ -58,6 +59,14 @@ def uniform(
     return Plan(shape, gates | {unit: torch.cat(values) for unit, values in parts.items()})
 
 
+def decide(shape: ModelShape, log_alpha: dict[str, Tensor], target_sparsity: float, rules: Widths) -> Plan:
+    """What goes, of learned gates."""
+    if rules.uniform:
+        probability = {unit: hard_concrete.prob_open(a) for unit, a in log_alpha.items()}
+        return equally_wide(shape, probability, target_sparsity, rules)
+    return select(shape, log_alpha, target_sparsity, rules.round_to)
+
+
 def equally_wide(shape: ModelShape, open_probability: dict[str, Tensor], target_sparsity: float, rules: Widths) -> Plan:
     """The plan whose layers are equally wide that contradicts learned gates least.
 
@@ -87,7 +96,7 @@ def equally_wide(shape: ModelShape, open_probability: dict[str, Tensor], target_
 
 def _contradiction(shape: ModelShape, open_probability: dict[str, Tensor], plan: Plan) -> float:
     """Expected parameters in units whose gates differ from the plan, in rows of a hidden channel each."""
-    price = {"kv_group": shape.layers[0].rows_per_group, "intermediate": shape.mlp_matrices, "hidden": 0}
+    price = {"kv_group": shape.layers[0].rows_per_group, "intermediate": shape.mlp_matrices}
     return sum(
         price.get(unit, 0) * float((plan.gates[unit] - p.double().cpu()).abs().sum())
         for unit, p in open_probability.items()

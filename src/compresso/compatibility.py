@@ -10,14 +10,12 @@ from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compresso import checkpoint
-from compresso.export import FORMATS
+from compresso.export import FORMATS, shapes_at
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.shape import describe
-from compresso.streamed import shapes_of
-from compresso.unfused import UNFUSED
 from compresso.workbench import console
 
 RUN, READ = "run by the tests", "read from its code"
@@ -115,12 +113,7 @@ def check(run: str) -> list[Verdict]:
     Reads the config alone, where that tells. Raises FileNotFoundError or ValueError for what is no checkpoint.
     """
     place = checkpoint.find(checkpoint.of_run(run))
-    config = None if place.endswith(".gguf") else AutoConfig.from_pretrained(place, trust_remote_code=False)
-    if config is None or config.model_type in UNFUSED:
-        model, _ = checkpoint.load(place)
-    else:
-        model = shapes_of(config)
-    found = verdicts(model)
+    found = verdicts(shapes_at(place) or checkpoint.load(place)[0])
     forms = "\n".join(f"--to {name}: {form.about}" for name, form in FORMATS.items())
     table = Table(title=Text(run), caption=forms, caption_justify="left")
     for column in ("runtime", "loads", "why", "to do", "known from"):

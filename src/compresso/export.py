@@ -89,12 +89,13 @@ def export(run: str, to: str, output: str, kind: str = "f16") -> dict[str, Any]:
     if to == "gguf":
         _gguf_numbers().check(kind)
     place = checkpoint.find(checkpoint.of_run(run))
-    config = None if place.endswith(".gguf") else AutoConfig.from_pretrained(place, trust_remote_code=False)
-    if config is not None and config.model_type not in UNFUSED:
-        form.refuse(shapes_of(config), checkpoint.load_tokenizer(place))
+    shapes = shapes_at(place)
+    if shapes is not None:
+        form.refuse(shapes, checkpoint.load_tokenizer(place))
     with status(f"loading {run}"):
         model, tokenizer = checkpoint.load(place)
-    form.refuse(model, tokenizer)
+    if shapes is None:
+        form.refuse(model, tokenizer)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -120,6 +121,14 @@ def export(run: str, to: str, output: str, kind: str = "f16") -> dict[str, Any]:
         folder.rmdir()
     partial.rename(folder)
     return facts
+
+
+def shapes_at(place: str) -> PreTrainedModel | None:
+    """The model of a checkpoint as shapes; None where only its weights tell them."""
+    if place.endswith(".gguf"):
+        return None
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    return None if config.model_type in UNFUSED else shapes_of(config)
 
 
 def show(facts: dict[str, Any], output: str) -> None:

@@ -13,16 +13,15 @@ from transformers import PreTrainedModel
 
 from compresso import hard_concrete, tuning
 from compresso.adapters import inside, merge
-from compresso.allocation import equally_wide
+from compresso.allocation import decide
 from compresso.calibration import calibration_batches, gate_gradients
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule, shift
 from compresso.masks import Gates, Masks, gated
 from compresso.perplexity import mean_loss
-from compresso.plan import Plan, select
-from compresso.shape import ModelShape, describe
+from compresso.plan import Plan
+from compresso.shape import describe
 from compresso.shrink import Shrinking
 from compresso.train import Pruning, Teacher, fit, gate_learning_rate
-from compresso.widths import Widths
 from compresso.workbench import Workbench
 
 SPREAD = 2.0  # of log_alpha at a warm start, in units of a logistic distribution
@@ -69,18 +68,11 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
         bench.follow("prune", _leaving(bench, wrapped, gates, masks, rows), config.steps)
     gates.remove()
     log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
-    plan = _decide(shape, log_alpha, config.target_sparsity, rules)
+    plan = decide(shape, log_alpha, config.target_sparsity, rules)
     model = inside(wrapped) if bench.place else merge(wrapped)
     if shrinking:
         shrinking.restore()
     return model, _best_gates(bench, model, plan, log_alpha)
-
-
-def _decide(shape: ModelShape, log_alpha: dict[str, Tensor], target: float, rules: Widths) -> Plan:
-    """What goes, of learned gates."""
-    if rules.uniform:
-        return equally_wide(shape, {u: hard_concrete.prob_open(a) for u, a in log_alpha.items()}, target, rules)
-    return select(shape, log_alpha, target, rules.round_to)
 
 
 def _leaving(
@@ -96,7 +88,7 @@ def _leaving(
         while waiting and row["target_sparsity"] >= waiting[0]:
             target = waiting.pop(0)
             log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
-            plan = _decide(masks.shape, log_alpha, target, bench.config.widths)
+            plan = decide(masks.shape, log_alpha, target, bench.config.widths)
             for unit in log_alpha:
                 masks.pin_closed(unit, plan.gates[unit] == 0)
             assert bench.leave is not None

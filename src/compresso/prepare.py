@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compresso import allocation, checkpoint, demo, quantised, sharded, tuning
-from compresso import plan as plans
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
 from compresso.families import family_of
@@ -210,11 +209,7 @@ def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
 def _check_target(config: PruneConfig, shape: ModelShape) -> None:
     """Let the plan's own rules speak before hours of training, on made-up scores."""
     scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.units}
-    rules = config.widths
-    if rules.uniform:
-        allocation.equally_wide(shape, scores, config.target_sparsity, rules)
-    else:
-        plans.select(shape, scores, config.target_sparsity, rules.round_to)
+    allocation.decide(shape, scores, config.target_sparsity, config.widths)
 
 
 def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:

@@ -114,7 +114,7 @@ def folder_of(model: str) -> Path:
             f"{model} is no folder with safetensors; `compresso prune` reads it in one process, and writes one"
         )
     place = Path(checkpoint.find(model))
-    model_type = AutoConfig.from_pretrained(checkpoint.find(model), trust_remote_code=False).model_type
+    model_type = AutoConfig.from_pretrained(str(place), trust_remote_code=False).model_type
     if model_type in UNFUSED:
         raise ValueError(
             f"{model} is a {model_type}, which is taken apart when it is loaded whole; reading it from file to file "
