@@ -26,7 +26,7 @@ browser:
 	command -v chromedriver > /dev/null || { apt-get update -qq && apt-get install -yqq chromium chromium-driver; } > /dev/null || true
 
 test: lint browser
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 demo: setup
 	$(BIN)/compresso prune --config configs/demo.yaml --overwrite
