@@ -1,6 +1,5 @@
 """Fixtures: a tiny tokenizer with a chat template, tiny checkpoints on disk, records."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,38 +7,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from documents import WORDS, write_documents
-from tiny import tiny_model
+from documents import write_documents
+from tiny import tiny_model, tiny_tokenizer, write_records
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and two processes would crawl
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<eos>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
-    )
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -65,14 +46,4 @@ def local(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """Forty instruction records."""
-    path = tmp_path_factory.mktemp("data") / "records.jsonl"
-    rows = [
-        {
-            "instruction": f"say {WORDS[i % 17]}",
-            "input": "" if i % 2 else WORDS[i % 5],
-            "output": " ".join(WORDS[: 3 + i % 9]),
-        }
-        for i in range(40)
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl")

@@ -1,11 +1,16 @@
-"""Tiny random models of every family, random plans for them, and settings of a run that takes seconds."""
+"""Tiny random models of every family with a tokenizer, random plans, records, and settings of a run of seconds."""
+
+import json
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from compresso.families import family_of
 from compresso.plan import Plan
 from compresso.shape import describe
+from documents import WORDS
 
 QUICK = {
     "steps": 8,
@@ -16,6 +21,11 @@ QUICK = {
     "device": "cpu",
     "precision": "fp32",
 }
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<eos>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
@@ -73,3 +83,33 @@ def random_plan(model: PreTrainedModel, keep: float = 0.6, seed: int = 0, soft: 
             on *= 0.2 + 0.8 * torch.rand(g.shape, generator=generator, dtype=torch.float64)
         gates[unit] = on
     return Plan(shape, gates)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def write_records(path: Path) -> Path:
+    """Forty instruction records, as JSON lines."""
+    rows = [
+        {
+            "instruction": f"say {WORDS[i % 17]}",
+            "input": "" if i % 2 else WORDS[i % 5],
+            "output": " ".join(WORDS[: 3 + i % 9]),
+        }
+        for i in range(40)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path

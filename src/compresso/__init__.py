@@ -1,6 +1,6 @@
 """Compresso: make large language models physically smaller.
 
-`prune`, `recover`, `evaluate` and `export` do what the commands of the same name do; the rest are the parts.
+`prune`, `resume`, `recover`, `evaluate` and `export` do what the commands of the same name do; the rest are the parts.
 Importing this package lets `AutoModelForCausalLM.from_pretrained` load checkpoints whose
 layers differ in width, without remote code.
 """
@@ -13,11 +13,11 @@ from compresso.checkpoint import load
 from compresso.config import PruneConfig
 from compresso.export import export
 from compresso.extract import extract
-from compresso.pipeline import prune, recover
+from compresso.pipeline import prune, recover, resume
 from compresso.plan import Plan
 from compresso.shape import describe
 
-__all__ = ["Plan", "PruneConfig", "describe", "evaluate", "export", "extract", "load", "prune", "recover"]
+__all__ = ["Plan", "PruneConfig", "describe", "evaluate", "export", "extract", "load", "prune", "recover", "resume"]
 
 
 def __getattr__(name: str):

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compresso import demo, nemotron_nas, per_layer
+from compresso import demo, nemotron_nas, per_layer, whole_files
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import describe
@@ -262,9 +262,7 @@ def write(
     write_weights(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    whole_files.take_place(partial, folder)
 
 
 def prompt_of(config: PreTrainedConfig) -> CollaborativePrompt | None:

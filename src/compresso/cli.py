@@ -36,6 +36,8 @@ Prune a checkpoint and recover, check and save the smaller one.
   compresso prune --model ./my-llama --target-sparsity 0.5 --also 0.1,0.3 --output runs/three-sizes
   compresso prune --config runs/demo/config.yaml --target-sparsity 0.3 --output runs/demo-30
 
+  compresso prune --resume runs/demo                      go on with a run that was stopped, or its recovery
+
 --config FILE reads settings from YAML; flags override it. --print-config prints the
 settings that would be used, in the form that --config reads, and stops."""
 
@@ -120,6 +122,14 @@ class _EvaluateFlags(EvaluateConfig):
 
 def _prune(args: list[str]) -> None:
     settings: dict = {}
+    args, run = _take(args, "--resume", True)
+    if run is not None:
+        if args:
+            raise ValueError(f"--resume goes on with the settings of the run; leave out {' '.join(args)}")
+        from compresso.pipeline import resume
+
+        resume(run)
+        return
     args, path = _take(args, "--config", True)
     if path is not None:
         settings = read_yaml(path)
@@ -370,7 +380,8 @@ def _listed(args: list[str], flags: tuple[str, ...]) -> list[str]:
 def main(args: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code.
 
-    0 done, 2 a user's mistake, 1 ours, 3 diverged, 4 another process gone, 130 Ctrl-C, 143 SIGTERM.
+    0 done, 2 a user's mistake, 1 ours, 3 diverged, 4 another process gone, 5 a file that could not be written,
+    6 memory ran out, 130 Ctrl-C, 143 SIGTERM.
     """
     args = sys.argv[1:] if args is None else args
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could act on
@@ -395,7 +406,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         ended = isinstance(error, Terminated)
         how = "terminated" if ended else "interrupted"
-        errors.print(f"compresso: {how}; what the run folder holds so far is kept")
+        errors.print(f"compresso: {how}; a run folder that was begun can go on: compresso prune --resume RUN")
         return TERMINATED if ended else INTERRUPTED
     except RuntimeError as error:
         errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)

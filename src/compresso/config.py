@@ -130,6 +130,12 @@ class PruneConfig:
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass: less memory, more time."""
 
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints of training, from which `--resume` goes on; more where writing one would take above
+    2 % of the time; 0 writes one after every step."""
+    checkpoints: int = 2
+    """How many checkpoints of a stage stay; the newest whole one counts. All are deleted when the run is done."""
+
     seed: int = 0
     """Seed of data order, LoRA and gates."""
     precision: Literal["auto", "fp32", "bf16", "4bit"] = "auto"
@@ -178,8 +184,9 @@ class PruneConfig:
             raise ValueError(f"units lists a unit twice: {','.join(self.units)}")
         at_least = {
             **dict.fromkeys(("round_to", "batch_size", "accumulation", "lora_rank", "validation_records"), 1),
-            **dict.fromkeys(("perplexity_windows", "self_records", "steps", "calibration_records"), 1),
+            **dict.fromkeys(("perplexity_windows", "self_records", "steps", "calibration_records", "checkpoints"), 1),
             **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed", "distill"), 0),
+            "checkpoint_seconds": 0,
             "max_length": 16,
         }
         for name, least in at_least.items():

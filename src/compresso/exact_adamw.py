@@ -29,6 +29,21 @@ class ExactAdamW(torch.optim.AdamW):
             if exact is not p:
                 p.copy_(exact)
 
+    def held(self, parameter: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The float32 copy of a parameter, and its moments; none before the first step."""
+        exact = self._exact[parameter]
+        return exact, dict(self.state.get(exact, {}))
+
+    @torch.no_grad()
+    def take(self, parameter: Tensor, exact: Tensor, moments: dict[str, Tensor]) -> None:
+        """Go on with these values and moments of a parameter, as `held` gave them."""
+        own = self._exact[parameter]
+        own.copy_(exact)
+        if own is not parameter:
+            parameter.copy_(own)
+        if moments:  # the count of steps stays where torch keeps it, on the CPU
+            self.state[own] = {key: m if key == "step" else m.to(own.device) for key, m in moments.items()}
+
     @torch.no_grad()
     def exchange(self, old: Tensor, new: Tensor, dim: int, places: Tensor) -> None:
         """Go on with `new`, which is `old` at these places along `dim`, and with its moments there."""

@@ -86,6 +86,16 @@ class Lagrangian:
         self.lambda_2 = LAMBDA_2
         self.start = min(float(masks.expected_sparsity().detach()), schedule.target_sparsity)
 
+    def target_after(self, steps: int) -> float:
+        """The target of the last of so many steps; 0 while no gate acts."""
+        return self.schedule.target(steps - 1, self.start) if steps > self.schedule.lora_only else 0.0
+
+    def state(self) -> dict[str, float]:
+        return {"lambda_1": self.lambda_1, "start": self.start}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.lambda_1, self.start = state["lambda_1"], state["start"]
+
     @torch.no_grad()
     def step(self, masks: Masks, step: int) -> tuple[float, float]:
         """Let the penalty move the gates, then ascend on lambda_1.

@@ -1,6 +1,7 @@
 """The paper's method: hard concrete gates trained under a sparsity constraint, together with LoRA or all weights."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,8 @@ from compresso.perplexity import mean_loss
 from compresso.plan import Plan
 from compresso.shape import describe
 from compresso.shrink import Shrinking
-from compresso.train import Pruning, Teacher, fit, gate_learning_rate
+from compresso.train import Teacher, fit, gate_learning_rate
+from compresso.training import Pruning, Training
 from compresso.workbench import Workbench
 
 SPREAD = 2.0  # of log_alpha at a warm start, in units of a logistic distribution
@@ -33,7 +35,8 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     shape = describe(bench.model)
     schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
-    if config.warm_start and {"kv_group", "intermediate"} & masks.log_alpha.keys():
+    found = bench.newest("prune")
+    if config.warm_start and not found and {"kv_group", "intermediate"} & masks.log_alpha.keys():
         warm_start(
             masks,
             gate_gradients(bench.model, calibration_batches(bench, backward=True), config.gradient_checkpointing)[1],
@@ -52,20 +55,21 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     if config.shrink and not own_teacher and not bench.place and not rules.uniform:
         shrinking = Shrinking(inside(wrapped), gates, masks, config.target_sparsity, rules.round_to)
     rate = config.gate_learning_rate or gate_learning_rate(schedule.steps - schedule.lora_only)
+    pruning = Pruning(masks, gates, Lagrangian(schedule, masks), rate, shrinking, level=rules.uniform)
+    training = Training(inside(wrapped), config.seed, pruning)
+    bench.begin("prune", training, found)
     rows = fit(
         bench.accelerator,
-        inside(wrapped),
-        bench.batches(config.seed),
+        training,
+        bench.batches(config.seed, training.step),
         steps=config.steps,
         learning_rate=tuning.learning_rate(config, bench.tune),
         clip=config.clip,
-        seed=config.seed,
         recompute=config.gradient_checkpointing,
         teacher=teacher,
-        pruning=Pruning(masks, gates, Lagrangian(schedule, masks), rate, shrinking, level=rules.uniform),
+        slowed=partial(bench.progress.slowed, "prune"),
     )
-    with bench.keeping(wrapped, masks):
-        bench.follow("prune", _leaving(bench, wrapped, gates, masks, rows), config.steps)
+    bench.follow("prune", training, _leaving(bench, wrapped, training, rows), config.steps)
     gates.remove()
     log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
     plan = decide(shape, log_alpha, config.target_sparsity, rules)
@@ -76,15 +80,21 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
 
 
 def _leaving(
-    bench: Workbench, wrapped: PreTrainedModel | PeftModel, gates: Gates, masks: Masks, rows: Iterator[dict]
+    bench: Workbench, wrapped: PreTrainedModel | PeftModel, training: Training, rows: Iterator[dict]
 ) -> Iterator[dict]:
     """The rows; where the run's target passes a sparsity of `--also`, a smaller model is left on the way.
 
-    What its plan removes stays closed from then on, so that plans are nested.
+    What its plan removes stays closed from then on, so that plans are nested. A run that goes on begins with those that
+    the step before it called for.
     """
-    waiting = list(bench.config.also)
-    for row in rows:
-        yield row
+    pruning = training.pruning
+    assert pruning is not None
+    masks, done = pruning.masks, training.row
+    passed = pruning.lagrangian.target_after(training.step - 1)
+    waiting = [sparsity for sparsity in bench.config.also if sparsity > passed]
+    for row in itertools.chain([done] if done else [], rows):
+        if row is not done:
+            yield row
         while waiting and row["target_sparsity"] >= waiting[0]:
             target = waiting.pop(0)
             log_alpha = {unit: a.detach() for unit, a in masks.log_alpha.items()}
@@ -92,7 +102,7 @@ def _leaving(
             for unit in log_alpha:
                 masks.pin_closed(unit, plan.gates[unit] == 0)
             assert bench.leave is not None
-            with gates.opened():
+            with pruning.gates.opened():
                 bench.leave(merge(copy.deepcopy(wrapped)).eval(), plan, target)
 
 

@@ -1,10 +1,12 @@
 """From a checkpoint to a smaller one: the steps of `compresso prune` and `compresso recover`, in order."""
 
 import json
+import os
 import platform
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compresso import checkpoint, tuning, whole_files
+from compresso import checkpoint, progress, savepoints, setbacks, tuning, whole_files
 from compresso import plan as plans
 from compresso.adapters import factors, inside, merge
 from compresso.chat import answer
@@ -26,12 +29,15 @@ from compresso.methods import METHODS
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import load_parts, prepare, read_records, versions
+from compresso.progress import Progress
 from compresso.shape import count_prunable, prunable_parameters
 from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.summary import show
 from compresso.train import Teacher, fit
-from compresso.workbench import Workbench, compute_dtype, console, release_memory, status
+from compresso.training import Training
+from compresso.workbench import METRICS, Workbench, compute_dtype, console, release_memory, status
 
+SUMMARY = "summary.json"
 ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 HALF_TOLERANCE = 0.1  # the same where only a model in half precision fits
@@ -45,8 +51,52 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     run folder is touched; stopping.Stopped tells what a run that ended early has kept.
     """
     config = replace(config, **settings) if config else PruneConfig(**settings)
-    began = time.perf_counter()
-    bench = prepare(config)
+    return _to_the_end(prepare(config), _prune)
+
+
+def resume(run: str) -> dict[str, Any]:
+    """Go on with a run that was stopped, by whatever and wherever, as `compresso prune --resume` does.
+
+    On a CPU the result is that of a run that was never stopped, bit for bit. Raises FileNotFoundError or ValueError if
+    there is nothing to go on with, or model, records or launch are others than before.
+    """
+    folder = Path(run)
+    whole_files.heal(folder)
+    if progress.read(folder).done:
+        console.print(f"{folder} is finished; nothing is left to do", markup=False, highlight=False)
+        return json.loads((folder / SUMMARY).read_text())
+    return _to_the_end(*_again(folder))
+
+
+def _to_the_end(bench: Workbench, work: Callable[[Workbench], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work of a command; after a setback that can be met, go on from the last checkpoint."""
+    folder = bench.folder
+    while True:
+        try:
+            return work(bench)
+        except (KeyboardInterrupt, OSError, SafetensorError) as error:
+            raise setbacks.stopped(folder, error) from error
+        except Exception as error:
+            console.print(setbacks.meet(folder, bench.config, error, bench.accelerator), markup=False, highlight=False)
+        del bench  # what it holds must go before it is read again
+        release_memory()
+        bench, work = _again(folder)
+
+
+def _again(folder: Path) -> tuple[Workbench, Callable[[Workbench], dict[str, Any]]]:
+    """What is needed to go on with a run, from its folder alone."""
+    now = progress.read(folder)
+    config = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
+    for name in ("cut", "model"):
+        whole_files.heal(folder / name)
+    if now.doing == "prune" and not (folder / SUMMARY).exists():
+        return prepare(config, progress=now), _prune
+    return _ready_to_recover(config, now), _recover_again
+
+
+def _prune(bench: Workbench) -> dict[str, Any]:
+    """From the dense model to the smaller one, recovered."""
+    config = bench.config
     dense = {**_score(bench, bench.model, 0.0), "bytes": bench.parameters * bench.facts["stored_dtype"].itemsize}
     bench.leave = partial(_leave, bench, dense)
     model, plan = METHODS[config.method](bench)
@@ -54,13 +104,14 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     bench.model = model = smaller  # the dense weights are not needed any more
     release_memory()
     summary["operations"] = dict(bench.facts.get("operations", {}))
-    summary["seconds"] = time.perf_counter() - began
-    _write(bench, summary)  # so that a recovery that stops can be repeated
+    summary["seconds"] = time.perf_counter() - bench.began
+    _write(bench, summary)  # from here on a run that stops goes on with its recovery
+    if bench.writes:
+        savepoints.remove(bench.folder, "prune")
     if config.recover_steps:
         _recover(bench, smaller, plan, summary)
     else:
         _unrecovered(bench, summary)
-    summary["seconds"] = time.perf_counter() - began
     return _finish(bench, summary)
 
 
@@ -71,27 +122,63 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     last recovery reached. `settings` replace those of the run's config.yaml.
     """
     folder = Path(run)
-    for name in ("config.yaml", "summary.json", "plan.json", "cut"):
+    for name in ("config.yaml", SUMMARY, "plan.json", "cut"):
         if not (folder / name).exists():
             raise FileNotFoundError(
                 f"{folder} has no {name}; `compresso recover` needs a finished run of `compresso prune`"
             )
     of_run = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
-    config = replace(of_run, **settings)
-    if not config.recover_steps:
+    if not replace(of_run, **settings).recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do")
-    summary = json.loads((folder / "summary.json").read_text())
-    plan = plans.load(folder)
-    bench = prepare(of_run, start=folder / ("model" if further else "cut"))  # its held-out records stay held out
+    now = Progress(doing="recover", settings=settings, further=further)
+    return _to_the_end(_ready_to_recover(of_run, now, begins=True), _recover_again)
+
+
+def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) -> Workbench:
+    """The smaller model of a run, with all that its recovery needs; `begins` if it is not one that goes on."""
+    folder = Path(of_run.output)
+    config = replace(of_run, **now.settings)
+    summary = json.loads((folder / SUMMARY).read_text())
+    base = folder / "cut"
+    if now.further:  # the model that it starts from is replaced before it is done
+        base = folder / savepoints.FOLDER / "start"
+        if begins:
+            base = folder / "model"
+    bench = prepare(of_run, source=base, progress=now, begins=begins)  # its held-out records stay held out
     bench.config = config
-    if "data" in settings:
+    if "data" in now.settings:
         bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
-    summary["recovery"] = {**settings, "further": further}
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
-    if not further and bench.writes:
-        _drop_recovery(folder / "metrics.jsonl")
-    _recover(bench, bench.model, plan, summary)
+    bench.facts["checkpoints"] = summary.get("checkpoints", {"written": 0, "seconds": 0.0})
+    if begins and bench.writes:
+        _begin_recovery(bench, base)
+    bench.accelerator.wait_for_everyone()
+    return bench
+
+
+def _begin_recovery(bench: Workbench, base: Path) -> None:
+    """Leave in the run folder what says that it is being recovered, from where."""
+    folder, now = bench.folder, bench.progress
+    savepoints.remove(folder)
+    if now.further:
+        partial = folder / savepoints.FOLDER / f"start{whole_files.PARTIAL}"
+        shutil.copytree(base, partial, copy_function=_link)
+        whole_files.take_place(partial, partial.with_name("start"))
+    now.rows = _metrics_rows(folder / METRICS, of_recovery=now.further)
+    now.write(folder)
+
+
+def _recover_again(bench: Workbench) -> dict[str, Any]:
+    """The recovery of a run whose cut model is there."""
+    summary = json.loads((bench.folder / SUMMARY).read_text())
+    now = bench.progress
+    if now.doing == "recover":
+        summary["recovery"] = {**now.settings, "further": now.further}
+    if bench.config.recover_steps:
+        _recover(bench, bench.model, plans.load(bench.folder), summary)
+    else:
+        _unrecovered(bench, summary)
     return _finish(bench, summary)
 
 
@@ -149,6 +236,7 @@ def _leave(bench: Workbench, dense: dict[str, Any], model: PreTrainedModel, plan
     config = replace(bench.config, output=str(folder), target_sparsity=target, also=())
     own = replace(bench, config=config, folder=folder, facts=dict(bench.facts))
     if bench.writes:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped here
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(config.to_yaml())
         for name in ("env.json", "metrics.jsonl", "self.jsonl"):
@@ -168,7 +256,10 @@ def _leave(bench: Workbench, dense: dict[str, Any], model: PreTrainedModel, plan
 def _unrecovered(bench: Workbench, summary: dict[str, Any]) -> None:
     """The cut model is the result."""
     if bench.writes:
-        shutil.copytree(bench.folder / "cut", bench.folder / "model", dirs_exist_ok=True)
+        partial = bench.folder / f"model{whole_files.PARTIAL}"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(bench.folder / "cut", partial)
+        whole_files.take_place(partial, bench.folder / "model")
     bench.accelerator.wait_for_everyone()
     for key in ("loss", "perplexity", "sample"):
         summary[key]["recovered"] = summary[key]["cut"]
@@ -247,20 +338,20 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     config, folder = bench.config, bench.folder / "model"
     teacher = Teacher(_dense(bench), config.distill) if config.distill else None
     wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
+    training = Training(inside(wrapped), config.seed + 1, sparsity=plan.sparsity)
+    bench.begin("recover", training, bench.newest("recover"))
     rows = fit(
         bench.accelerator,
-        inside(wrapped),
-        bench.batches(config.seed + 1),
+        training,
+        bench.batches(config.seed + 1, training.step),
         steps=config.recover_steps,
         learning_rate=tuning.learning_rate(config, bench.tune),
         clip=config.clip,
-        seed=config.seed + 1,
         teacher=teacher,
-        sparsity=plan.sparsity,
         recompute=config.gradient_checkpointing,
+        slowed=partial(bench.progress.slowed, "recover"),
     )
-    with bench.keeping(wrapped, None):
-        bench.follow("recover", rows, config.recover_steps)
+    bench.follow("recover", training, rows, config.recover_steps)
     if not bench.place:
         model = merge(wrapped)
         checkpoint.cast(model, compute_dtype(config.precision, bench.accelerator.device))
@@ -315,11 +406,18 @@ def _cut_files(
 def _finish(bench: Workbench, summary: dict[str, Any]) -> dict[str, Any]:
     summary["bytes"]["after"] = checkpoint.weight_bytes(bench.folder / "model")
     summary["peak_memory_bytes"] = _peak_memory(bench.accelerator.device)
+    summary["checkpoints"] = bench.facts.get("checkpoints", {"written": 0, "seconds": 0.0})
+    summary["setbacks"] = bench.progress.setbacks
+    if bench.progress.doing == "prune":
+        summary["seconds"] = time.perf_counter() - bench.began
     _write(bench, summary)
     bench.accelerator.end_training()
     show(summary, bench.folder, console)
     if bench.writes:
         _report(bench.folder)
+        bench.progress.done = True
+        bench.progress.write(bench.folder)
+        savepoints.remove(bench.folder)
     return summary
 
 
@@ -338,15 +436,21 @@ def _report(folder: Path) -> None:
 def _write(bench: Workbench, summary: dict[str, Any]) -> None:
     if not bench.writes:
         return
-    whole_files.write(bench.folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
+    whole_files.write(bench.folder / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
 
 
-def _drop_recovery(metrics: Path) -> None:
-    """Repeating a recovery replaces its rows; a run that trained nothing has none."""
-    if not metrics.exists():
-        return
-    rows = [line for line in metrics.read_text().splitlines(True) if '"stage": "recover"' not in line]
-    metrics.write_text("".join(rows))
+def _metrics_rows(metrics: Path, of_recovery: bool) -> int:
+    """Rows that stay when a recovery begins: repeating one replaces its rows; a run that trained nothing has none."""
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    return len(rows) if of_recovery else sum('"stage": "recover"' not in row for row in rows)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, where the disk has them, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _card_facts(summary: dict[str, Any]) -> dict[str, str]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from compresso import whole_files
 from compresso.shape import UNITS, LayerShape, ModelShape, sparsity
 
 FORMAT = 1
@@ -223,7 +225,8 @@ def select(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float,
 
 def save(plan: Plan, folder: Path, about: dict) -> None:
     """Write plan.safetensors (the gates) and plan.json (shape, widths and `about`)."""
-    save_file({unit: g.float().contiguous() for unit, g in plan.gates.items()}, folder / "plan.safetensors")
+    gates = {unit: g.float().contiguous() for unit, g in plan.gates.items()}
+    whole_files.write(folder / "plan.safetensors", to_bytes(gates))
     text = {
         "format": FORMAT,
         **about,
@@ -232,7 +235,7 @@ def save(plan: Plan, folder: Path, about: dict) -> None:
         "widths": plan.widths(),
         "shape": asdict(plan.shape),
     }
-    (folder / "plan.json").write_text(json.dumps(text, indent=2) + "\n")
+    whole_files.write(folder / "plan.json", f"{json.dumps(text, indent=2)}\n".encode())
 
 
 def load(folder: Path) -> Plan:

@@ -1,5 +1,7 @@
 """Before anything is computed: load and check settings, checkpoint and data, then make the run folder."""
 
+import hashlib
+import itertools
 import json
 import os
 import platform
@@ -18,11 +20,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from compresso import allocation, checkpoint, demo, quantised, sharded, tuning
+from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, whole_files
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
 from compresso.families import family_of
 from compresso.perplexity import WINDOW, text_windows
+from compresso.progress import FILE as PROGRESS
+from compresso.progress import Progress
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, Source, read_sources
 from compresso.self_data import write_records
@@ -37,19 +41,28 @@ PATIENCE = timedelta(hours=3)  # that processes wait for one that writes a large
 RUN_MARKS = ("config.yaml", "env.json")
 
 
-def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
-    """Load and check everything, then make the run folder. With `start`, the folder is there already."""
+def prepare(
+    config: PruneConfig, source: Path | None = None, progress: Progress | None = None, begins: bool = False
+) -> Workbench:
+    """Load and check everything, then make the run folder.
+
+    With `progress` the folder is there already; `source` is then a model to take instead of the run's. What goes on in
+    it, rather than `begins`, must find model, records and launch as they were: raises ValueError otherwise.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = Path(config.output)
-    if start is None:
+    new = progress is None
+    if new:
         _check_output(config)
     prompt = find_prompt(config.prompt, config.prompt_format)
     accelerator = _accelerator(config)
+    if progress and not begins:
+        _check_processes(progress, accelerator, folder)
     set_seed(config.seed)
-    model, tokenizer, stored, place = _load(config, str(start or config.model), accelerator)
+    model, tokenizer, stored, place = _load(config, str(source or config.model), accelerator)
     config = _with_units(config, model.config.model_type)
-    if start is None:
+    if new:
         _check_target(config, describe(model))
     if prompt.format == "auto":
         prompt = replace(prompt, format="chat" if tokenizer.chat_template else "alpaca")
@@ -58,15 +71,21 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
     encoder.room(prompt)
     _check_lora_targets(config, model)
     text = _text(config)
-    if start is None and config.records == "self":
-        _make_folder(config, accelerator)
+    progress = progress or Progress()
+    progress.processes = accelerator.num_processes
+    if new and config.records == "self":
+        _make_folder(config, accelerator, progress)
     with accelerator.main_process_first():
         sources = read_records(config, model, encoder, prompt)
     sources, held_out = take_held_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, min(WINDOW, context or WINDOW), shorter=True)
-    if start is None and config.records != "self":
-        _make_folder(config, accelerator)
+    if new and config.records != "self":
+        _make_folder(config, accelerator, progress)
+    which = "smaller model" if source else "model"
+    _check_inputs(progress, {which: _digest_model(model, place), "records": _digest_records(sources, held_out)}, folder)
+    if accelerator.is_main_process and (new or not begins):
+        progress.write(folder)
     if config.tracker != "none":
         accelerator.init_trackers("compresso")
     parameters = count_parameters(model.config)
@@ -85,8 +104,50 @@ def prepare(config: PruneConfig, start: Path | None = None) -> Workbench:
         count_prunable(model),
         tuning.chosen(config, parameters, place is None),
         {"stored_dtype": stored},
-        place,
+        progress,
+        place=place,
     )
+
+
+def _check_processes(progress: Progress, accelerator: Accelerator, folder: Path) -> None:
+    """Each process takes its share of the records of a step; with others a step would be another one."""
+    if progress.processes != accelerator.num_processes:
+        raise ValueError(
+            f"{folder} was begun by {progress.processes} processes, and this launch has {accelerator.num_processes}; "
+            f"its steps take --batch-size records in each. Launch it with {progress.processes}"
+        )
+
+
+def _check_inputs(progress: Progress, found: dict[str, str], folder: Path) -> None:
+    """What a run goes on with must be what it began with."""
+    for name, digest in found.items():
+        if progress.inputs.setdefault(name, digest) != digest:
+            raise ValueError(
+                f"the {name} of {folder}: not what the run began with, so that it cannot go on as it was. Bring back "
+                "what was there, or start again with --overwrite"
+            )
+
+
+def _digest_model(model: PreTrainedModel, place: Path | None) -> str:
+    """Of the shapes of its parameters, and of a few numbers of each; where it is not whole, of its files' sizes."""
+    digest = hashlib.sha256()
+    if place:
+        files = {file.name: file.stat().st_size for file in sorted(place.glob("*.safetensors"))}
+        digest.update(json.dumps(files).encode())
+        return digest.hexdigest()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest_records(sources: list[Source] | list[Stream], held_out: list[Record]) -> str:
+    """Of all records; of a stream, of those held out."""
+    digest = hashlib.sha256()
+    for record in itertools.chain(held_out, *(s.records for s in sources if isinstance(s, Source))):
+        digest.update(repr(record).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _load(
@@ -178,6 +239,7 @@ def _accelerator(config: PruneConfig) -> Accelerator:
 def _check_output(config: PruneConfig) -> None:
     """An output that exists is replaced only when asked for, only if it is a run, and never with an input in it."""
     folder = Path(config.output)
+    whole_files.heal(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -223,28 +285,31 @@ def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
             )
 
 
-def _make_folder(config: PruneConfig, accelerator: Accelerator) -> None:
+def _make_folder(config: PruneConfig, accelerator: Accelerator, progress: Progress) -> None:
     """From here on the run leaves traces; all that can be wrong with its input has been checked."""
     accelerator.wait_for_everyone()  # all have looked at what is there
     if not accelerator.is_main_process:
         return
     folder = Path(config.output)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    (folder / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
+    partial = folder.with_name(folder.name + whole_files.PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "config.yaml").write_text(config.to_yaml())
+    (partial / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
+    (partial / PROGRESS).write_bytes(progress.to_json())
+    whole_files.take_place(partial, folder)
 
 
 def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) -> list[Source]:
     """Records that the model writes, once a run."""
     path = Path(config.output) / "self.jsonl"
     if not path.exists():
-        partial = path.with_name("self.jsonl.partial")
+        partial = path.with_name("self.jsonl.unfinished")
         with progress_bar() as bar:
             task = bar.add_task("the model writes records", total=config.self_records, note="")
             write_records(model, encoder, config.self_records, config.seed, partial, lambda n: bar.advance(task, n))
-        partial.rename(path)
+        whole_files.write(path, partial.read_bytes())
+        partial.unlink()
     return read_sources(str(path))
 
 

@@ -51,6 +51,21 @@ class Shrinking:
         self._gates.kept = self._kept
         return went
 
+    def kept(self) -> dict[str, Tensor]:
+        """Indices of the units that are left, by `kept/unit/layer`."""
+        return {f"kept/{unit}/{i}": kept for unit, of in self._kept.items() for i, kept in enumerate(of)}
+
+    @torch.no_grad()
+    def narrow_to(self, kept: dict[str, Tensor], optimizer: ExactAdamW) -> None:
+        """Take all but these units, named as `kept` names them, out of a whole model."""
+        for unit, of in self._kept.items():
+            for i, before in enumerate(of):
+                stays = kept[f"kept/{unit}/{i}"]
+                if len(stays) < len(before):
+                    self._narrow(unit, i, stays, optimizer)
+                    of[i] = stays
+        self._gates.kept = self._kept
+
     def _closed(self) -> dict[str, Tensor]:
         """What has been cut or may be now: a boolean for each unit."""
         log_alpha = {u: self._masks.log_alpha[u].detach().cpu() for u in UNITS if u in self._masks.log_alpha}

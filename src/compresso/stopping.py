@@ -5,7 +5,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED, TERMINATED, DIVERGED, DISCONNECTED = 130, 143, 3, 4  # exit codes
+INTERRUPTED, TERMINATED, DIVERGED, DISCONNECTED, NO_ROOM, NO_MEMORY = 130, 143, 3, 4, 5, 6  # exit codes
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
@@ -13,7 +14,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stopped(RuntimeError):
-    """Training ended early; the message says why and what is kept."""
+    """A run ended early; the message says why, what is kept, and how to go on."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -26,19 +27,26 @@ def raise_on_sigterm() -> None:
     def terminate(signal_number, frame):
         raise Terminated
 
-    if threading.current_thread() is threading.main_thread():
+    if _in_main_thread():
         signal.signal(signal.SIGTERM, terminate)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """No signal stops what is inside: the state is being saved."""
-    if threading.current_thread() is not threading.main_thread():
+    """No signal stops what is inside, which must be short: one that comes is delivered at the end."""
+    if not _in_main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

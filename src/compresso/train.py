@@ -23,37 +23,26 @@ from transformers import PreTrainedModel
 
 from compresso.batches import Batch
 from compresso.cpu_attention import products
-from compresso.exact_adamw import ExactAdamW
 from compresso.families import family_of
-from compresso.lagrangian import Lagrangian
-from compresso.masks import Gates, Masks
 from compresso.prefix import for_rows, positions_after, read_only, run_prefix, with_cache
-from compresso.shrink import EVERY, Shrinking
+from compresso.shrink import EVERY
+from compresso.stopping import uninterrupted
+from compresso.training import Training
 
 LOGITS_AT_ONCE = 2**24  # entries of float32 logits that exist at a time: 64 MiB
 WARMUP = 0.05  # share of the steps in which the learning rate rises
-NOISE_SEED = 1_000_003  # keeps the gates' noise apart from the seeds of the data
+EXPLODED = 3.0  # times the loss at first, or that of a model that guesses, whichever is larger
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient is not finite; nothing of that step was applied."""
+    """A loss or gradient is not finite, or the loss exploded; nothing of that step was applied."""
+
+    stage = ""
+    """`prune` or `recover`, once it is known."""
 
 
 class Disconnected(RuntimeError):
     """Another process of this launch does not answer."""
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What the loop needs besides the model while gates are learned."""
-
-    masks: Masks
-    gates: Gates
-    lagrangian: Lagrangian
-    learning_rate: float
-    shrinking: Shrinking | None = None
-    level: bool = False
-    """Layers are to keep as many units each."""
 
 
 @dataclass(frozen=True)
@@ -193,63 +182,92 @@ def gate_learning_rate(steps: int) -> float:
 
 def fit(
     accelerator: Accelerator,
-    model: PreTrainedModel,
+    training: Training,
     next_batches: Callable[[float], list[Batch]],
     *,
     steps: int,
     learning_rate: float,
     clip: float,
-    seed: int,
-    pruning: Pruning | None = None,
     teacher: Teacher | None = None,
-    sparsity: float = 0.0,
     recompute: bool = False,
-) -> Iterator[dict[str, float | str | int]]:
-    """Train the parameters that require grad, and the masks, for `steps` optimizer steps.
+    slowed: Callable[[int], float] = lambda step: 1.0,
+) -> Iterator[dict[str, Any]]:
+    """Train what requires grad, and the masks, up to `steps` optimizer steps, from where `training` is.
 
-    `next_batches` gets the sparsity so far (for prompts that show it; `sparsity` at the
-    start) and returns this process's parts of one global batch. Raises Diverged before a step with a loss or gradient
-    that is not finite is applied, Disconnected if another process has gone.
+    `next_batches` gets the sparsity so far (for prompts that show it) and returns this process's parts of one global
+    batch. `slowed` is the share of the step sizes that a step, from 0, takes. Raises Diverged before a step with a loss
+    or gradient that is not finite, or a loss that exploded, is applied, Disconnected if another process has gone.
     """
-    optimizer = ExactAdamW((p for p in model.parameters() if p.requires_grad), learning_rate)
-    noise = torch.Generator().manual_seed(seed * NOISE_SEED)
-    gate_optimizer = torch.optim.Adam(pruning.masks.parameters(), lr=pruning.learning_rate) if pruning else None
-    target = 0.0
+    model, pruning = training.model, training.pruning
     model.train()
-    for step in range(steps):
+    for step in range(training.step, steps):
         began = time.perf_counter()
         phase = pruning.lagrangian.schedule.phase(step) if pruning else "recover"
         gating = phase not in ("lora", "recover")
+        rate = learning_rate * _rate(step, steps) * slowed(step)
+        training.noise_before = training.noise.get_state()
+        torch.manual_seed(_dropout_seed(training.seed, step, accelerator.process_index))
         if pruning and gating:
-            pruning.gates.set(pruning.masks.sample(noise))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _rate(step, steps)
+            pruning.gates.set(pruning.masks.sample(training.noise))
         with products(model, accelerator.device.type == "cpu"), recomputed(model, recompute):
-            total, tokens, computed = _backward(accelerator, model, next_batches(sparsity), gating, teacher)
-        trainable = [p for p in model.parameters() if p.requires_grad]  # others than at first, once it has shrunk
+            total, tokens, computed = _backward(accelerator, model, next_batches(training.sparsity), gating, teacher)
+        trainable = training.trainable()
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
-        if not (math.isfinite(total) and math.isfinite(norm) and _finite_gradients(pruning)):
-            raise Diverged(f"at step {step + 1} the loss is {total} and the gradient's norm {norm}")
-        optimizer.step()
-        row: dict[str, float | str | int] = {"step": step + 1, "phase": phase, "loss": total}
-        if pruning and gate_optimizer and gating:
-            gate_optimizer.step()
-            gate_optimizer.zero_grad()
-            if pruning.level:
-                pruning.masks.level()
-            pruning.masks.clamp()
-            sparsity, target = pruning.lagrangian.step(pruning.masks, step)
-            if pruning.shrinking and phase == "hold" and step % EVERY == 0:
-                pruning.shrinking.cut(optimizer)
-        if pruning:
-            row |= {"expected_sparsity": sparsity, "target_sparsity": target, "lambda_1": pruning.lagrangian.lambda_1}
-        seconds = time.perf_counter() - began
-        row |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_norm": norm}
+        _check(training, total, norm)
         spent = operations(model, computed, 3) + (operations(teacher.model, computed, 1) if teacher else 0)
-        row |= {"tokens": tokens, "operations": spent, "seconds": seconds}
+        row: dict[str, Any] = {"step": step + 1, "phase": phase, "loss": total}
+        with uninterrupted():
+            row |= _apply(training, step, rate, gating, slowed(step))
+            row |= {"learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "operations": spent}
+            row["seconds"] = time.perf_counter() - began
+            training.step, training.row = step + 1, row
+            training.first_loss = training.first_loss or total
         yield row
     model.eval()
+
+
+def _apply(training: Training, step: int, rate: float, gating: bool, slowed: float) -> dict[str, float]:
+    """Make the step that the gradients ask for; what the metrics say of the constraint."""
+    pruning, optimizer, gate_optimizer = training.pruning, training.optimizer, training.gate_optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    if not pruning or not gate_optimizer:
+        return {}
+    target = 0.0
+    if gating:
+        for group in gate_optimizer.param_groups:
+            group["lr"] = pruning.learning_rate * slowed
+        gate_optimizer.step()
+        gate_optimizer.zero_grad()
+        if pruning.level:
+            pruning.masks.level()
+        pruning.masks.clamp()
+        training.sparsity, target = pruning.lagrangian.step(pruning.masks, step)
+        if pruning.shrinking and pruning.lagrangian.schedule.phase(step) == "hold" and step % EVERY == 0:
+            pruning.shrinking.cut(optimizer)
+    return {
+        "expected_sparsity": training.sparsity,
+        "target_sparsity": target,
+        "lambda_1": pruning.lagrangian.lambda_1,
+    }
+
+
+def _check(training: Training, loss: float, norm: float) -> None:
+    """Raise Diverged unless the step may be made."""
+    masks = training.pruning.masks.parameters() if training.pruning else ()
+    finite = all(bool(torch.isfinite(a.grad).all()) for a in masks if a.grad is not None)
+    if not (math.isfinite(loss) and math.isfinite(norm) and finite):
+        raise Diverged(f"at step {training.step + 1} the loss is {loss} and the gradient's norm {norm}")
+    most = EXPLODED * max(training.first_loss, math.log(training.model.config.vocab_size))
+    if training.first_loss and loss > most:
+        raise Diverged(f"at step {training.step + 1} the loss is {loss:.2f}; it was {training.first_loss:.2f} at first")
+
+
+def _dropout_seed(seed: int, step: int, process: int) -> int:
+    """Of what a model draws in training: the same for a step whether or not the run was cut short before it."""
+    return ((seed * 1_000_003 + step) * 4_099 + process) % 2**63
 
 
 def _backward(
@@ -292,11 +310,6 @@ def _sum_gradients(accelerator: Accelerator, parameters: list[Tensor]) -> None:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group])
         for p, grad in zip(group, _summed(accelerator, flat).split([p.numel() for p in group]), strict=True):
             p.grad = grad.view_as(p).to(p.device)
-
-
-def _finite_gradients(pruning: Pruning | None) -> bool:
-    parameters = pruning.masks.parameters() if pruning else ()
-    return all(bool(torch.isfinite(a.grad).all()) for a in parameters if a.grad is not None)
 
 
 def _rate(step: int, steps: int) -> float:

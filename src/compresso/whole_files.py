@@ -1,10 +1,58 @@
-"""Files that appear under their name only when they are whole."""
+"""Files and folders that appear under their name only when they are whole, and stay so when the power fails.
 
+What is new is written beside the old under another name, brought to the disk (fsync), and takes the name in one step.
+"""
+
+import os
+import shutil
 from pathlib import Path
+
+OLD, PARTIAL = ".old", ".partial"
 
 
 def write(path: Path, content: bytes) -> None:
     """Write or replace a file; one that is there stays until the new one is complete. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    _sync(path.parent)
+
+
+def take_place(partial: Path, folder: Path) -> None:
+    """Let a finished folder take the name of one that may be there. Raises OSError.
+
+    Folders have no replacement in one step: the one before is called `FOLDER.old` for a moment. `heal` gives the name
+    back where something ended in between.
+    """
+    for path in sorted(partial.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(partial)
+    old = folder.with_name(folder.name + OLD)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def heal(folder: Path) -> None:
+    """Undo a `take_place` that was cut short after the old folder had given up its name."""
+    old = folder.with_name(folder.name + OLD)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the list of a folder's files, to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,35 +7,38 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from rich.text import Text
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso import savepoints, whole_files
 from compresso.batches import Batch, Encoder, batches
 from compresso.config import PruneConfig
-from compresso.masks import Masks
 from compresso.plan import Plan
+from compresso.progress import Progress
 from compresso.prompts import CollaborativePrompt
 from compresso.records import Record, Source, similar_lengths
-from compresso.stopping import DISCONNECTED, DIVERGED, INTERRUPTED, TERMINATED, Stopped, Terminated, uninterrupted
+from compresso.savepoints import Savepoint
+from compresso.stopping import DISCONNECTED, Stopped, uninterrupted
 from compresso.streams import Stream, mixed
 from compresso.train import Disconnected, Diverged
+from compresso.training import Training
 
 console = Console()
+METRICS = "metrics.jsonl"
 RELEASE_EVERY = 8  # steps
 POOL = 16  # batches that are sorted by length together
-STOPPED = "stopped"  # folder in a run: what had been learned when it stopped
+SAVING = 0.02  # share of the time that checkpoints may take
 
 
 @dataclass
@@ -58,6 +61,10 @@ class Workbench:
     """What learns besides the gates: `lora` or `full`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What steps leave for the summary."""
+
+    progress: Progress = field(default_factory=Progress)
+    began: float = field(default_factory=time.perf_counter)
+    """When, in seconds of time.perf_counter, less what was spent on the run before it was resumed."""
 
     place: Path | None = None
     """Folder of the checkpoint, where the model here is no whole one: it is cut on the way from files to files."""
@@ -88,7 +95,8 @@ class Workbench:
 
         def next_batches(sparsity: float) -> list[Batch]:
             prompt = self.prompt_at(sparsity)
-            return batches(next(groups)[rank::processes], self.encoder, prompt, self.config.accumulation)
+            parts = self.config.accumulation * self.progress.accumulation
+            return batches(next(groups)[rank::processes], self.encoder, prompt, parts)
 
         return next_batches
 
@@ -102,61 +110,116 @@ class Workbench:
         prompt = self.prompt_at(sparsity)
         return batches(self.held_out, self.encoder, prompt, parts=(len(self.held_out) + 7) // 8)
 
-    def follow(self, stage: str, rows: Iterator[dict], steps: int) -> None:
-        """Run the loop to its end: progress bar, metrics.jsonl, tracker."""
-        path = self.folder / "metrics.jsonl" if self.writes else Path(os.devnull)
-        with path.open("a", encoding="utf-8") as metrics, progress_bar() as bar:
-            task = bar.add_task(stage, total=steps, note="")
-            began, tokens = time.perf_counter(), 0
-            for row in rows:
-                tokens += row["tokens"]
-                self.spend(stage, row["operations"])
-                metrics.write(json.dumps({"stage": stage, **row}) + "\n")
-                metrics.flush()
-                self.accelerator.log({f"{stage}/{k}": v for k, v in row.items() if not isinstance(v, str)})
-                if self.accelerator.device.type == "cpu" and row["step"] % RELEASE_EVERY == 0:
-                    release_memory()
-                rate = tokens / (time.perf_counter() - began)
-                bar.update(task, advance=1, description=f"{stage} ({row['phase']})", note=_note(row, rate))
-                if not console.is_terminal and row["step"] % max(1, steps // 10) == 0:
-                    console.print(
-                        f"{stage} ({row['phase']}) step {row['step']}/{steps}  {_note(row, rate)}", markup=False
-                    )
+    def newest(self, stage: str) -> Savepoint | None:
+        """The checkpoint that a stage goes on from; tells of damaged ones."""
+        found, wrong = savepoints.newest(self.folder, stage)
+        for line in wrong:
+            before = f"the one of step {found.facts['training']['step']}" if found else f"the beginning of {stage}"
+            console.print(f"{line}; going on from {before}", markup=False, highlight=False)
+        return found
 
+    def begin(self, stage: str, training: Training, found: Savepoint | None) -> None:
+        """Go on from a checkpoint, or begin a stage; metrics.jsonl then ends with its last step."""
+        if found:
+            training.restore(found.facts["training"], found.tensors())
+            self.facts["operations"] = found.facts["operations"]
+            self.began = time.perf_counter() - found.facts["seconds"]
+            console.print(f"{stage} goes on after step {training.step}", markup=False, highlight=False)
+        if self.writes:
+            order_metrics(self.folder / METRICS, stage, training, self.progress.rows)
+
+    def follow(self, stage: str, training: Training, rows: Iterator[dict], steps: int) -> None:
+        """Run the loop to its end: progress bar, metrics.jsonl, tracker, checkpoints.
+
+        If it is stopped inside, the state after the last whole step is saved, and Stopped tells how to go on.
+        """
+        path = self.folder / METRICS if self.writes else Path(os.devnull)
+        saved = _Saved(training.step)
+        try:
+            with path.open("a", encoding="utf-8") as metrics, progress_bar() as bar:
+                task = bar.add_task(stage, total=steps, completed=training.step, note="")
+                began, tokens = time.perf_counter(), 0
+                for row in rows:
+                    tokens += row["tokens"]
+                    self.spend(stage, row["operations"])
+                    metrics.write(json.dumps({"stage": stage, **row}) + "\n")
+                    metrics.flush()
+                    self.accelerator.log({f"{stage}/{k}": v for k, v in row.items() if not isinstance(v, str)})
+                    if self.accelerator.device.type == "cpu" and row["step"] % RELEASE_EVERY == 0:
+                        release_memory()
+                    rate = tokens / (time.perf_counter() - began)
+                    bar.update(task, advance=1, description=f"{stage} ({row['phase']})", note=_note(row, rate))
+                    if not console.is_terminal and row["step"] % max(1, steps // 10) == 0:
+                        console.print(
+                            f"{stage} ({row['phase']}) step {row['step']}/{steps}  {_note(row, rate)}", markup=False
+                        )
+                    if saved.due(self.config.checkpoint_seconds):
+                        os.fsync(metrics.fileno())
+                        self._save(stage, training, saved)
+        except Diverged as error:
+            error.stage = stage
+            raise
+        except (KeyboardInterrupt, Disconnected) as error:
+            self._save(stage, training, saved)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise Stopped(
+                f"{error}. `compresso prune --resume {self.folder}`, launched as before, goes on after step "
+                f"{training.step} of {stage}",
+                DISCONNECTED,
+            ) from error
         for source in self.sources:
             if isinstance(source, Stream) and source.report():
                 console.print(source.report(), markup=False)
         release_memory()
 
-    @contextmanager
-    def keeping(self, wrapped: PreTrainedModel | PeftModel, masks: Masks | None) -> Iterator[None]:
-        """If training stops inside, save what learns as of the last good step, and raise Stopped."""
-        try:
-            yield
-        except (KeyboardInterrupt, Diverged, Disconnected) as error:
-            with uninterrupted():
-                what = self._keep(wrapped, masks)
-            if isinstance(error, KeyboardInterrupt):
-                ended = isinstance(error, Terminated)
-                code = TERMINATED if ended else INTERRUPTED
-                raise Stopped(f"{'terminated' if ended else 'interrupted'}. {what}", code) from None
-            if isinstance(error, Disconnected):
-                raise Stopped(f"{error}. {what} Start all processes again", DISCONNECTED) from error
-            advice = "Lower --learning-rate or --gate-learning-rate, or use --precision fp32"
-            raise Stopped(f"{error}. {what} {advice}", DIVERGED) from error
+    def _save(self, stage: str, training: Training, saved: "_Saved") -> None:
+        """Save a checkpoint, unless the last one is of this step."""
+        if not self.writes or training.step == saved.step:
+            return
+        began = time.perf_counter()
+        facts = {
+            "training": training.facts(),
+            "operations": self.facts.get("operations", {}),
+            "seconds": began - self.began,
+        }
+        with uninterrupted():
+            tensors = training.tensors()
+            savepoints.save(self.folder, stage, training.step, tensors, facts, self.config.checkpoints)
+        saved.step, saved.at = training.step, time.perf_counter()
+        saved.took = saved.at - began
+        account = self.facts.setdefault("checkpoints", {"written": 0, "seconds": 0.0})
+        account["written"] += 1
+        account["seconds"] += saved.took
 
-    def _keep(self, wrapped: PreTrainedModel | PeftModel, masks: Masks | None) -> str:
-        """Save adapters or weights, and gates; what to tell about it."""
-        kept = self.folder / STOPPED
-        if self.writes:
-            wrapped.save_pretrained(kept, safe_serialization=True)
-            if masks is not None:
-                save_file({unit: a.detach() for unit, a in masks.log_alpha.items()}, kept / "log_alpha.safetensors")
-        parts = ("adapters" if self.tune == "lora" else "weights") + (" and gates" if masks else "")
-        what = f"The {parts} of the last good step are in {kept}, the metrics beside it."
-        if masks is None:
-            what += f" The cut model is whole; `compresso recover {self.folder}` repeats its recovery."
-        return what
+
+@dataclass
+class _Saved:
+    """The last checkpoint of a stage."""
+
+    step: int
+    at: float = field(default_factory=time.perf_counter)
+    took: float = 0.0
+
+    def due(self, seconds: float) -> bool:
+        """Whether it is time for the next one, `seconds` later or so much that saving takes a small share of time."""
+        return not seconds or time.perf_counter() - self.at >= max(seconds, self.took / SAVING)
+
+
+def order_metrics(path: Path, stage: str, training: Training, before: int) -> None:
+    """Leave of the rows after the first `before` those of other stages, and of this one those up to the state's step.
+
+    A row that was torn, or of a step that will be made again, goes; that of the last step is added if it is missing.
+    """
+    kept: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else ()):
+        with suppress(ValueError):
+            row = json.loads(line)
+            if number < before or row["stage"] != stage or row["step"] <= training.step:
+                kept.append(row)
+    if training.row and (not kept or (kept[-1]["stage"], kept[-1]["step"]) != (stage, training.step)):
+        kept.append({"stage": stage, **training.row})
+    whole_files.write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 def _note(row: dict, rate: float) -> str:
@@ -180,8 +243,8 @@ def status(text: str) -> AbstractContextManager:
     return console.status(Text(text)) if console.is_terminal else nullcontext()
 
 
-def progress_bar() -> Progress:
-    return Progress(
+def progress_bar() -> ProgressBar:
+    return ProgressBar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
