@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint browser demo clean
+.PHONY: setup test test-faults lint browser demo clean
 
 setup: $(VENV)/installed
 
@@ -27,6 +27,10 @@ browser:
 
 test: lint browser
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# KILLS=1000 for a night
+test-faults: setup
+	KILLS=$(or $(KILLS),50) SEED=$(or $(SEED),0) PYTHONPATH=tests $(BIN)/python tests/faults.py
 
 demo: setup
 	$(BIN)/compresso prune --config configs/demo.yaml --overwrite

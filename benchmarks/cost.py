@@ -36,7 +36,8 @@ from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, similar_lengths
 from compresso.shape import describe
 from compresso.shrink import Shrinking
-from compresso.train import Pruning, fit
+from compresso.train import fit
+from compresso.training import Pruning, Training
 from compresso.workbench import Workbench
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
@@ -106,15 +107,14 @@ def ours(bench: Workbench, removed: float | None = None) -> Block:
         schedule = make_schedule(1000, 0.0, hold, config.target_sparsity, config.schedule)
         shrinking = None if removed is None else Shrinking(model, gates, masks, config.target_sparsity, 1)
         groups = similar_lengths(iter(records), config.batch_size, steps, config.seed)  # as `compresso prune` does
+        pruning = Pruning(masks, gates, Lagrangian(schedule, masks), 0.05, shrinking)
         rows = fit(
             bench.accelerator,
-            model,
+            Training(model, config.seed, pruning),
             lambda sparsity: batches(next(groups), bench.encoder, bench.prompt),
             steps=steps,
             learning_rate=config.learning_rate,
             clip=config.clip,
-            seed=config.seed,
-            pruning=Pruning(masks, gates, Lagrangian(schedule, masks), 0.05, shrinking),
         )
         with patch("compresso.train.EVERY", 3), patch("compresso.shrink.RARELY_OPEN", 1.0):
             seconds = [float(row["seconds"]) for row in rows]

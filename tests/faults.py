@@ -169,7 +169,7 @@ def contents(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if path.is_dir() or name.startswith("report") or name == "env.json":
+        if path.is_dir() or name.startswith("report") or name in ("env.json", "progress.json"):
             continue
         if path.name == "metrics.jsonl":
             found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
@@ -206,8 +206,8 @@ def main() -> None:
             f"{harness.kills} kills in {harness.runs} runs of {kinds} kinds: each ended as if left alone, bit for bit"
         )
         print(
-            f"SIGTERM ended {len(harness.graceful)} attempts with exit code 143, after {statistics.median(terms):.2f} s in "
-            f"the median, {max(terms):.2f} s at most"
+            f"SIGTERM ended {len(harness.graceful)} attempts with exit code 143, "
+            f"after {statistics.median(terms):.2f} s in the median, {max(terms):.2f} s at most"
         )
 
 

@@ -274,31 +274,6 @@ def test_a_base_model_writes_texts(tokenizer, tmp_path):
     assert stored["format"] == "alpaca"
 
 
-@pytest.mark.parametrize(("trouble", "step"), [("nan", 3), ("interrupt", 3)])
-@pytest.mark.parametrize(("tune", "file"), [("lora", "adapter_model.safetensors"), ("full", "model.safetensors")])
-def test_a_run_that_stops_keeps_its_last_good_state(checkpoint, data, tmp_path, monkeypatch, trouble, step, tune, file):
-    original, calls = train.mixed_loss, []
-
-    def failing(model, batch, teacher):
-        minimised, loss = original(model, batch, teacher)
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) > step and calls[-1]:
-            if trouble == "interrupt":
-                raise KeyboardInterrupt
-            return minimised * float("nan"), loss * float("nan")
-        return minimised, loss
-
-    monkeypatch.setattr("compresso.train.mixed_loss", failing)
-    settings = {**QUICK, "warm_start": False, "tune": tune}
-    with pytest.raises(Stopped, match="interrupted" if trouble == "interrupt" else "at step 4 the loss is nan"):
-        compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)
-    kept = tmp_path / "run" / "stopped"
-    assert all(torch.isfinite(t).all() for t in load_file(kept / file).values())
-    assert set(load_file(kept / "log_alpha.safetensors")) == {"kv_group", "intermediate"}
-    assert len(rows(tmp_path / "run", "prune")) == 3
-    assert not (tmp_path / "run" / "summary.json").exists()
-
-
 def test_gradient_checkpointing_and_accumulation_change_nothing_but_rounding(checkpoint, data, tmp_path):
     losses = []
     for name, extra in (("a", {}), ("b", {"accumulation": 2}), ("c", {"gradient_checkpointing": True})):

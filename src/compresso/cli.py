@@ -383,7 +383,14 @@ def main(args: list[str] | None = None) -> int:
     0 done, 2 a user's mistake, 1 ours, 3 diverged, 4 another process gone, 5 a file that could not be written,
     6 memory ran out, 130 Ctrl-C, 143 SIGTERM.
     """
-    args = sys.argv[1:] if args is None else args
+    try:
+        return _run(sys.argv[1:] if args is None else args)
+    except KeyboardInterrupt as error:  # another signal, while the first was being told
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+
+
+def _run(args: list[str]) -> int:
+    """Run one command, and tell in a line what went wrong."""
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could act on
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a remark about a kernel, even where it is not used
     raise_on_sigterm()

@@ -205,7 +205,6 @@ def fit(
         phase = pruning.lagrangian.schedule.phase(step) if pruning else "recover"
         gating = phase not in ("lora", "recover")
         rate = learning_rate * _rate(step, steps) * slowed(step)
-        training.noise_before = training.noise.get_state()
         torch.manual_seed(_dropout_seed(training.seed, step, accelerator.process_index))
         if pruning and gating:
             pruning.gates.set(pruning.masks.sample(training.noise))
@@ -223,6 +222,7 @@ def fit(
             row["seconds"] = time.perf_counter() - began
             training.step, training.row = step + 1, row
             training.first_loss = training.first_loss or total
+            training.noise_before = training.noise.get_state()
         yield row
     model.eval()
 

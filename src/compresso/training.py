@@ -49,8 +49,7 @@ class Training:
     def __post_init__(self) -> None:
         self.optimizer = ExactAdamW(self.trainable(), 0.0)  # the loop sets the rate of every step
         self.noise = torch.Generator().manual_seed(self.seed * NOISE_SEED)
-        self.noise_before = self.noise.get_state()
-        """Of the generator when the step began that is under way."""
+        self.noise_before = self.noise.get_state()  # before the step that is next, or under way
         self.gate_optimizer = torch.optim.Adam(self.pruning.masks.parameters(), lr=0.0) if self.pruning else None
 
     def trainable(self) -> list[Tensor]:

@@ -153,7 +153,7 @@ class Workbench:
                         console.print(
                             f"{stage} ({row['phase']}) step {row['step']}/{steps}  {_note(row, rate)}", markup=False
                         )
-                    if saved.due(self.config.checkpoint_seconds):
+                    if self.writes and saved.due(self.config.checkpoint_seconds):
                         os.fsync(metrics.fileno())
                         self._save(stage, training, saved)
         except Diverged as error:

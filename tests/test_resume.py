@@ -1,0 +1,267 @@
+"""A run that is cut short goes on as if it had not been, and meets trouble once by itself."""
+
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import compresso
+from compresso import savepoints, train
+from compresso.cli import main
+from compresso.stopping import DIVERGED, INTERRUPTED, NO_MEMORY, NO_ROOM, Stopped
+from faults import VARIANTS, Harness, differences
+from tiny import QUICK
+
+SETTINGS = {**QUICK, "target_sparsity": 0.3, "checkpoint_seconds": 0.0, "warm_start": False}
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    return Harness(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def place(checkpoint, data, tmp_path, monkeypatch):
+    """Settings of a run in tmp_path, whose folder has the same name wherever it is."""
+    monkeypatch.chdir(tmp_path)
+    return {**SETTINGS, "model": str(checkpoint), "data": str(data), "output": "run"}
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, data, tmp_path_factory):
+    """A run that nothing happened to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        compresso.prune(**SETTINGS, model=str(checkpoint), data=str(data), output="run")
+        return Path("run").resolve()
+
+
+def trouble(monkeypatch, at, what):
+    """`what` is called with the losses of these training steps, counted from 1 over all attempts."""
+    original, steps = train.mixed_loss, itertools.count(1)
+
+    def troubled(model, batch, teacher):
+        losses = original(model, batch, teacher)
+        return what(losses) if torch.is_grad_enabled() and next(steps) in at else losses
+
+    monkeypatch.setattr("compresso.train.mixed_loss", troubled)
+
+
+def interrupt(losses):
+    raise KeyboardInterrupt
+
+
+def not_a_number(losses):
+    return tuple(loss * float("nan") for loss in losses)
+
+
+def out_of_memory(losses):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def metrics(run="run"):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_at_random_moments_it_ends_as_if_left_alone(harness, variant):
+    harness.survive(variant, random.Random(variant), kills=1)
+
+
+@pytest.mark.parametrize("step", [1, 10])
+def test_ctrl_c_saves_and_tells_how_to_go_on(place, whole, monkeypatch, step):
+    trouble(monkeypatch, {step}, interrupt)
+    with pytest.raises(Stopped, match=r"interrupted; `compresso prune --resume run` goes on") as stopped:
+        compresso.prune(**{**place, "checkpoint_seconds": 1e6})
+    assert stopped.value.exit_code == INTERRUPTED
+    assert len(metrics()) == step - 1
+    assert main(["prune", "--resume", "run"]) == 0
+    differing = differences(whole, Path("run").resolve())
+    assert set(differing) <= {"config.yaml"}, differing
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("state-00001.safetensors", cut_short, "bytes,"),
+        ("state-00001.safetensors", flip, "SHA-256 differs"),
+        ("state-00001.safetensors", Path.unlink, "is missing"),
+        ("facts.json", flip, "SHA-256 differs"),
+        ("manifest.json", cut_short, "is damaged or missing"),
+        ("manifest.json", Path.unlink, "is damaged or missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file, damage, said):
+    for step in (4, 5):
+        savepoints.save(tmp_path, "prune", step, {"a": torch.ones(99)}, {"step": step}, keep=2)
+    assert savepoints.newest(tmp_path, "prune")[0].facts["step"] == 5
+    damage(tmp_path / "checkpoints" / "prune-000005" / file)
+    found, wrong = savepoints.newest(tmp_path, "prune")
+    assert found.facts["step"] == 4
+    assert torch.equal(found.tensors()["a"], torch.ones(99))
+    assert f"prune-000005/{file}" in wrong[0]
+    assert said in wrong[0]
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(place, whole, monkeypatch, capsys):
+    trouble(monkeypatch, {6}, interrupt)
+    with pytest.raises(Stopped):
+        compresso.prune(**place)
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["prune-000004", "prune-000005"]
+    flip(Path("run/checkpoints/prune-000005/state-00001.safetensors"))
+    compresso.resume("run")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "is not what was written (its SHA-256 differs); going on from the one of step 4" in told
+    assert not differences(whole, Path("run").resolve())
+
+
+def test_without_a_whole_checkpoint_a_stage_begins_again(place, whole, monkeypatch):
+    trouble(monkeypatch, {6}, interrupt)
+    with pytest.raises(Stopped):
+        compresso.prune(**place)
+    for folder in Path("run/checkpoints").iterdir():
+        flip(folder / "state-00001.safetensors")
+    compresso.resume("run")
+    assert not differences(whole, Path("run").resolve())
+
+
+def test_a_loss_that_diverges_goes_back_once_with_smaller_steps(place, whole, monkeypatch, capsys):
+    trouble(monkeypatch, {5}, not_a_number)
+    summary = compresso.prune(**place)
+    assert "at step 5 the loss is nan" in capsys.readouterr().out
+    assert summary["setbacks"] == [{"kind": "diverged", "stage": "prune", "step": 4}]
+    rates = [row["learning_rate"] for row in metrics() if row["stage"] == "prune"]
+    assert [row["step"] for row in metrics() if row["stage"] == "prune"] == list(range(1, 9))
+    before = [row["learning_rate"] for row in metrics(whole) if row["stage"] == "prune"]
+    assert rates == pytest.approx(before[:4] + [rate / 2 for rate in before[4:]])
+
+
+@pytest.mark.parametrize("losses", [not_a_number, lambda losses: tuple(loss * 50 for loss in losses)])
+def test_a_loss_that_diverges_twice_stops(place, monkeypatch, losses):
+    trouble(monkeypatch, set(range(5, 100)), losses)
+    with pytest.raises(
+        Stopped, match=r"at step 5 the loss is .*with smaller steps too. Lower --learning-rate"
+    ) as stopped:
+        compresso.prune(**place)
+    assert stopped.value.exit_code == DIVERGED
+    assert len(metrics()) == 4
+    assert savepoints.newest(Path("run"), "prune")[0].facts["training"]["step"] == 4
+
+
+def test_out_of_memory_halves_the_batch_once(place, monkeypatch, capsys):
+    trouble(monkeypatch, {3}, out_of_memory)
+    summary = compresso.prune(**place)
+    assert "a batch is taken in 2 parts (--accumulation 2)" in " ".join(capsys.readouterr().out.split())
+    assert summary["setbacks"] == [{"kind": "memory", "stage": "", "step": 0}]
+    compresso.prune(**{**place, "output": "other"})
+    for row, other in zip(metrics(), metrics("other"), strict=True):
+        assert row["step"] == other["step"]
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4), "the same global batches"
+
+
+def test_out_of_memory_twice_stops(place, monkeypatch):
+    trouble(monkeypatch, set(range(3, 100)), out_of_memory)
+    with pytest.raises(Stopped, match=r"memory ran out .*Lower --batch-size") as stopped:
+        compresso.prune(**place)
+    assert stopped.value.exit_code == NO_MEMORY
+
+
+@pytest.mark.parametrize("call", [8, 20, 45])
+def test_a_disk_that_fails_stops_the_run_and_loses_nothing(place, whole, call):
+    """Every write of the run goes through an fsync, which is where this disk is full."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = itertools.count(1)
+
+        def full(descriptor):
+            if next(calls) >= call:  # the first seven are of the run folder itself
+                raise OSError(28, "No space left on device")
+
+        patch.setattr("os.fsync", full)
+        with pytest.raises(Stopped, match=r"No space left on device.*--resume run") as stopped:
+            compresso.prune(**place)
+    assert stopped.value.exit_code == NO_ROOM
+    assert not list(Path("run").rglob("checkpoints/*.partial"))
+    compresso.resume("run")
+    assert not differences(whole, Path("run").resolve())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("records", "the records of run: not what the run began with"),
+        ("model", "the model of run: not what the run began with"),
+        ("processes", "run was begun by 2 processes, and this launch has 1"),
+        ("progress", "is damaged"),
+        ("no progress", "has no progress.json"),
+        ("nothing", "is no run folder"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(place, monkeypatch, tmp_path, capsys, change, message):
+    shutil.copytree(place["model"], tmp_path / "dense")
+    shutil.copy(place["data"], tmp_path / "records.jsonl")
+    trouble(monkeypatch, {3}, interrupt)
+    with pytest.raises(Stopped):
+        compresso.prune(**{**place, "model": "dense", "data": "records.jsonl"})
+    now = Path("run/progress.json")
+    match change:
+        case "records":
+            with Path("records.jsonl").open("a") as file:
+                file.write('\n{"instruction": "say", "output": "hello"}')
+        case "model":
+            other = compresso.load("dense")[0]
+            other.model.layers[1].mlp.up_proj.weight.data *= 1.01
+            other.save_pretrained("dense")
+        case "processes":
+            now.write_text(now.read_text().replace('"processes": 1', '"processes": 2'))
+        case "progress":
+            now.write_text(now.read_text()[:20])
+        case "no progress":
+            now.unlink()
+        case "nothing":
+            shutil.rmtree("run")
+    assert main(["prune", "--resume", "run"]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_resume_takes_no_other_settings_and_leaves_a_finished_run(whole, capsys, monkeypatch):
+    assert main(["prune", "--resume", str(whole), "--steps", "9"]) == 2
+    assert "leave out --steps 9" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert main(["prune", "--resume", str(whole)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_run_that_was_being_replaced_is_not_lost(place, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run.old")  # as if it had ended between the two renamings
+    assert main(["prune", "--resume", "run"]) == 0
+    assert "run is finished" in capsys.readouterr().out
+    assert not differences(whole, tmp_path / "run")
+
+
+def test_a_recovery_that_was_stopped_goes_on(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("left alone", "stopped"):
+        shutil.copytree(whole, tmp_path / name / "run")
+    monkeypatch.chdir(tmp_path / "left alone")
+    compresso.recover("run", recover_steps=6, learning_rate=1e-4)
+    monkeypatch.chdir(tmp_path / "stopped")
+    trouble(monkeypatch, {4}, interrupt)
+    with pytest.raises(Stopped):
+        compresso.recover("run", recover_steps=6, learning_rate=1e-4)
+    compresso.resume("run")
+    assert not differences(tmp_path / "left alone" / "run", tmp_path / "stopped" / "run")
