@@ -28,9 +28,9 @@ browser:
 test: lint browser
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# KILLS=1000 for a night
+# make test-faults KILLS=1000 FAULTS=500 for a night
 test-faults: setup
-	KILLS=$(or $(KILLS),50) SEED=$(or $(SEED),0) PYTHONPATH=tests $(BIN)/python tests/faults.py
+	KILLS=$(or $(KILLS),50) FAULTS=$(or $(FAULTS),25) SEED=$(or $(SEED),0) PYTHONPATH=tests $(BIN)/python tests/faults.py
 
 demo: setup
 	$(BIN)/compresso prune --config configs/demo.yaml --overwrite

@@ -1,12 +1,14 @@
-"""Kill runs at random moments, let them go on until they are done, and compare with runs that were left alone.
+"""Kill runs at random moments or let the disk fail, let them go on, and compare with runs that were left alone.
 
-KILLS=50 SEED=0 python tests/faults.py        # what `make test-faults` does
+KILLS=50 FAULTS=25 SEED=0 python tests/faults.py        # what `make test-faults` does
 
 Every attempt is a forked child, so that nothing is imported twice. What is left must be the same files with the same
 bytes; only what tells times and memory may differ.
 """
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import random
@@ -26,9 +28,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 import torch
 
 import compresso
+from compresso import savepoints
 from compresso.cli import main as command
+from compresso.stopping import NO_ROOM
 from tiny import QUICK, tiny_model, tiny_tokenizer, write_records
 
+CALLS = 250  # of writing, syncing and renaming in a run of these kinds, about
 TIMES = {"seconds", "peak_memory_bytes", "cost", "checkpoints"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all weights": {"tune": "full", "also": (0.1,), "steps": 10, "hold": 0.5},
@@ -46,6 +51,7 @@ class Harness:
 
     folder: Path
     kills: int = 0
+    faults: int = 0
     runs: int = 0
     attempts: int = 0
     graceful: list[float] = field(default_factory=list)
@@ -83,10 +89,15 @@ class Harness:
                 assert code == 0, (finished / "log").read_text()
             shutil.copytree(finished / "run", place / "run")
 
-    def attempt(self, place: Path, variant: str, end: Callable[[int], None] | None) -> int:
-        """Begin a run, or go on with it, in a child that `end` may put an end to; its exit code, negative if killed."""
+    def attempt(self, place: Path, variant: str, end: Callable[[int], None] | None, failing: int = 0) -> int:
+        """Begin a run, or go on with it, in a child that `end` may put an end to; its exit code, negative if killed.
+
+        In it the disk is full at the call of number `failing`.
+        """
 
         def work() -> None:
+            if failing:
+                full_at(failing)
             begun = Path("run/progress.json").exists()
             if variant == "recover" and json.loads(Path("run/progress.json").read_text())["done"]:
                 compresso.recover("run", further=True, recover_steps=6)
@@ -97,6 +108,24 @@ class Harness:
 
         self.attempts += 1
         return self._child(place, work, end)
+
+    def fail(self, variant: str, rng: random.Random) -> None:
+        """Let one of a run's calls to the disk fail, then let it go on. Raises AssertionError."""
+        reference, _ = self.whole(variant)
+        place = self.folder / f"failed {self.runs}"
+        self._begin(place, variant)
+        self.runs += 1
+        code = self.attempt(place, variant, None, failing=rng.randrange(1, CALLS))
+        told = (place / "log").read_text()
+        assert "Traceback" not in told, told
+        assert code in (0, 2, NO_ROOM), f"{code}: {told}"  # 2: before the run folder was there
+        while code or (variant == "recover" and not _further(place)):
+            code = self.attempt(place, variant, None)
+            assert code == 0, (place / "log").read_text()
+        differing = differences(reference, place / "run")
+        assert not differing, f"{place} differs: {differing}"
+        shutil.rmtree(place)
+        self.faults += "No space left" in told
 
     def _child(self, place: Path, work: Callable[[], None], end: Callable[[int], None] | None) -> int:
         child = os.fork()
@@ -133,6 +162,23 @@ class Harness:
         shutil.rmtree(place)
         self.kills += killed
         return killed
+
+
+def full_at(call: int) -> None:
+    """From here on the disk has no room at this call of what writes, syncs or renames, counted from 1."""
+    calls = itertools.count(1)
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def perhaps(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*args, **kwargs)
+
+        return perhaps
+
+    names = ("rename", "replace", "write_text", "write_bytes", "mkdir")
+    for owner, name in [(os, "fsync"), (savepoints, "save_file"), *((Path, name) for name in names)]:
+        setattr(owner, name, wrapped(getattr(owner, name)))
 
 
 def _further(place: Path) -> bool:
@@ -200,10 +246,13 @@ def main() -> None:
             variant = variants[harness.runs % len(variants)]
             harness.survive(variant, rng, min(12, kills - harness.kills))
             print(f"{harness.kills} of {kills} kills, {harness.runs} runs done, all alike", flush=True)
+        for number in range(int(os.environ.get("FAULTS", "25"))):
+            harness.fail(variants[number % len(variants)], rng)
+            print(f"{harness.faults} failing calls to the disk in {number + 1} runs, all alike", flush=True)
         terms = harness.graceful or [0.0]
-        kinds = len(VARIANTS)
         print(
-            f"{harness.kills} kills in {harness.runs} runs of {kinds} kinds: each ended as if left alone, bit for bit"
+            f"{harness.kills} kills and {harness.faults} failing calls to the disk in {harness.runs} runs of "
+            f"{len(variants)} kinds: each ended as if left alone, bit for bit"
         )
         print(
             f"SIGTERM ended {len(harness.graceful)} attempts with exit code 143, "

@@ -72,6 +72,11 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(harness, variant):
     harness.survive(variant, random.Random(variant), kills=1)
 
 
+@pytest.mark.parametrize("variant", ["all weights", "recover"])
+def test_a_call_to_the_disk_that_fails_loses_nothing(harness, variant):
+    harness.fail(variant, random.Random(variant))
+
+
 @pytest.mark.parametrize("step", [1, 10])
 def test_ctrl_c_saves_and_tells_how_to_go_on(place, whole, monkeypatch, step):
     trouble(monkeypatch, {step}, interrupt)

@@ -40,10 +40,11 @@ def take_place(partial: Path, folder: Path) -> None:
 
 
 def heal(folder: Path) -> None:
-    """Undo a `take_place` that was cut short after the old folder had given up its name."""
+    """Undo a `take_place` that was cut short after the old folder had given up its name, or end it."""
     old = folder.with_name(folder.name + OLD)
     if old.is_dir() and not folder.exists():
         old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
