@@ -23,7 +23,7 @@ CONFIG = PruneConfig(batch_size=3, max_length=40, tune="lora")
 
 def counted(model, prompt, tune):
     """Bytes at the peak of a real step."""
-    wrapped = inside(tuning.start(model, tune, CONFIG, 0)).train()
+    wrapped = inside(tuning.start(model, tune, CONFIG, 0))
     shape = describe(wrapped)
     gates = Gates(wrapped, shape)
     ids = torch.arange(120).view(3, 40)
@@ -87,7 +87,7 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
 
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps():
     """Counted in another way: storages that autograd saves, which are not the model's own."""
-    model = inside(add_lora(tiny_model("llama"), CONFIG, 0)).train()
+    model = inside(add_lora(tiny_model("llama"), CONFIG, 0))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids = torch.arange(120).view(3, 40)
     saved = {}

@@ -39,7 +39,7 @@ LOADABLE = {  # what llama.cpp's loaders take as given
 
 def smaller(model_type, widths, **settings):
     model = tiny_model(model_type, **LOADABLE.get(model_type, {}), **settings)
-    groups = model.config.num_key_value_heads
+    groups = describe(model).layers[0].num_key_value_heads
     widths = {**widths, "kv_group": [min(n, groups) for n in widths["kv_group"]]}
     hidden = [32 if model_type == "olmo2" else 24]
     return extract(model, gates_of(model, {**widths, "hidden": hidden}))

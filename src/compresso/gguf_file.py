@@ -66,8 +66,8 @@ def architecture_of(model: PreTrainedModel) -> str:
     stock = model.config.model_type.removeprefix(PER_LAYER_PREFIX)
     if family.gguf is None:
         raise ValueError(
-            f"{stock} is not written for llama.cpp here; `--to padded` gives a stock checkpoint, which llama.cpp's own "
-            "convert_hf_to_gguf.py reads"
+            f"llama.cpp has no architecture for {stock}; `--to onnx` is for onnxruntime, which needs no GPU either, "
+            "`--to padded` gives a stock checkpoint for other runtimes"
         )
     if equal and ARCHITECTURES[family.gguf].square:
         equal = first.num_key_value_heads * first.queries_per_group * first.head_dim == shape.hidden_size

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from compresso.adapters import learning
 from compresso.batches import Batch
 from compresso.cpu_attention import products
 from compresso.exact_adamw import ExactAdamW
@@ -215,7 +216,7 @@ def fit(
     noise = torch.Generator().manual_seed(seed * NOISE_SEED)
     gate_optimizer = torch.optim.Adam(pruning.masks.parameters(), lr=pruning.learning_rate) if pruning else None
     target = 0.0
-    model.train()
+    learning(model)
     for step in range(steps):
         began = time.perf_counter()
         phase = pruning.lagrangian.schedule.phase(step) if pruning else "recover"
