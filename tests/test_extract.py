@@ -22,6 +22,9 @@ VARIANTS = [
     ("qwen2", {"head_dim": None}),
     ("qwen3", {"tie_word_embeddings": False}),
     ("mistral", {"tie_word_embeddings": True}),
+    ("opt", {"enable_bias": False, "tie_word_embeddings": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
 ]
 variants = pytest.mark.parametrize(("model_type", "settings"), VARIANTS)
 

@@ -52,7 +52,7 @@ def trained(model_type: str, shrink: bool, token_ids: torch.Tensor, round_to: in
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "opt", "gpt_neox"])
 def test_a_model_that_shrinks_learns_the_same_at_a_lower_cost(model_type, tune, token_ids):
     losses, plan, model, sizes = trained(model_type, False, token_ids, tune=tune)
     shrunk_losses, shrunk_plan, shrunk, shrunk_sizes = trained(model_type, True, token_ids, tune=tune)

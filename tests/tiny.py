@@ -28,7 +28,8 @@ def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
         "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
         "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 64, "final_logit_softcapping": 5.0},
         "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 64},
-        "opt": {"ffn_dim": 48, "dropout": 0.1},
+        "opt": {"ffn_dim": 48},
+        "gpt_neox": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     }
     torch.manual_seed(seed)
     values = {

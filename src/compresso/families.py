@@ -131,6 +131,23 @@ FAMILIES: dict[str, Family] = {
         fixed=("hidden",),
         native=("vLLM", "SGLang"),
     ),
+    "gpt_neox": Family(
+        embedding="gpt_neox.embed_in",
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        query_key_value="attention.query_key_value",
+        attention_output="attention.dense",
+        mlp_inputs=("mlp.dense_h_to_4h",),
+        mlp_output="mlp.dense_4h_to_h",
+        num_key_value_heads=None,
+        norm_eps=None,
+        derived_head_dim=True,
+        stored_names=(("lm_head.", "embed_out."),),
+        fixed=("hidden",),
+        gguf="gptneox",
+        native=("vLLM", "MLX"),
+    ),
 }
 
 

@@ -21,6 +21,9 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Gemma3TextModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXModel,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteModel,
@@ -46,6 +49,7 @@ from transformers import (
     SmolLM3ForCausalLM,
     SmolLM3Model,
 )
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 from transformers.models.opt.modeling_opt import OPTAttention
 
 
@@ -110,45 +114,39 @@ class PerLayer:
     """An OwnHeadDim, for stock models whose attention has none."""
 
     def __init__(self, config):
-        layer_configs = [copy.copy(layer_config) for layer_config in config.per_layer_config]
+        layer_configs = list(config.per_layer_config)
         overrides = config.to_dict().get("per_layer_config", {})
         config.per_layer_config = None
         heads = config.num_attention_heads
         if self.attention_class:
-            config.num_attention_heads = 1  # that divides any hidden size
+            config.num_attention_heads = 1  # which divides any hidden size
         super().__init__(config)  # layers of the global widths, replaced below
         config.num_attention_heads = heads
         config.per_layer_config = overrides
         layers = next(part.layers for part in self.modules() if hasattr(part, "layers"))
         for index, layer_config in enumerate(layer_configs):
-            layers[index] = layer = self.build(type(layers[index]), layer_config, index)
+            given = copy.copy(layer_config)
+            if self.attention_class:
+                given.num_attention_heads = 1
+            layers[index] = layer = type(layers[index])(given, index)
+            attention = "self_attn" if hasattr(layer, "self_attn") else "attention"
             skipped = getattr(layer_config, "skip", ())
-            name = "self_attn" if hasattr(layer, "self_attn") else "attention"
             if "attention" in skipped:
-                setattr(layer, name, NoAttention(index))
+                setattr(layer, attention, NoAttention(index))
                 without(layer, "input_layernorm", "self_attn_layer_norm")
                 without(layer, "post_attention_layernorm" if sandwiched(layer) else "")
             else:
-                getattr(layer, name).config = config  # a copy would not see set_attn_implementation
+                if self.attention_class:
+                    setattr(layer, attention, self.attention_class(layer_config, index))
+                getattr(layer, attention).config = config  # a copy would not see set_attn_implementation
             if "mlp" in skipped:
                 if hasattr(layer, "mlp"):
                     layer.mlp = NoMLP()
-                else:
+                else:  # OPT, whose layers hold the matrices themselves
                     layer.fc1, layer.fc2 = nn.Identity(), NoMLP()
                 names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
                 without(layer, *(names if sandwiched(layer) else ["post_attention_layernorm", "final_layer_norm"]))
         self.post_init()
-
-    def build(self, layer_class, layer_config, index):
-        """One layer of these widths."""
-        if not self.attention_class:
-            return layer_class(layer_config, index)
-        one_head = copy.copy(layer_config)
-        one_head.num_attention_heads = 1
-        layer = layer_class(one_head, index)
-        name = "self_attn" if hasattr(layer, "self_attn") else "attention"
-        setattr(layer, name, self.attention_class(layer_config, index))
-        return layer
 
     @classmethod
     def _can_set_attn_implementation(cls):
@@ -239,6 +237,28 @@ class Gemma3TextPerLayerForCausalLM(PerLayer, Gemma3ForCausalLM):
     config_class = Gemma3TextPerLayerConfig
 
 
+@strict(accept_kwargs=True)
+class GPTNeoXPerLayerConfig(GPTNeoXConfig):
+    model_type = "compresso_gpt_neox"
+
+    def validate_architecture(self):
+        """Any number of heads fits any hidden size when head_dim is given."""
+
+
+class GPTNeoXPerLayerAttention(OwnHeadDim, GPTNeoXAttention):
+    output = "dense"
+
+
+class GPTNeoXPerLayerModel(PerLayer, GPTNeoXModel):
+    config_class = GPTNeoXPerLayerConfig
+    attention_class = GPTNeoXPerLayerAttention
+
+
+class GPTNeoXPerLayerForCausalLM(PerLayer, GPTNeoXForCausalLM):
+    config_class = GPTNeoXPerLayerConfig
+    attention_class = GPTNeoXPerLayerAttention
+
+
 class GranitePerLayerConfig(GraniteConfig):
     model_type = "compresso_granite"
 
@@ -300,6 +320,7 @@ CLASSES = [
     (Qwen3PerLayerConfig, Qwen3PerLayerModel, Qwen3PerLayerForCausalLM),
     (Gemma2PerLayerConfig, Gemma2PerLayerModel, Gemma2PerLayerForCausalLM),
     (Gemma3TextPerLayerConfig, Gemma3TextPerLayerModel, Gemma3TextPerLayerForCausalLM),
+    (GPTNeoXPerLayerConfig, GPTNeoXPerLayerModel, GPTNeoXPerLayerForCausalLM),
     (GranitePerLayerConfig, GranitePerLayerModel, GranitePerLayerForCausalLM),
     (Olmo2PerLayerConfig, Olmo2PerLayerModel, Olmo2PerLayerForCausalLM),
     (OPTPerLayerConfig, OPTPerLayerModel, OPTPerLayerForCausalLM),

@@ -63,8 +63,8 @@ class StoredWeights(Mapping[str, Tensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor; the others of a checkpoint have it too."""
-        name = next(iter(self._file))
+        """Of the first weight; the others of a checkpoint have it too."""
+        name = next(name for name in self._file if name.endswith(".weight"))
         with safe_open(self._file[name], "pt") as stored:
             return stored.get_slice(self._stored.get(name, name))[:0].dtype
 
