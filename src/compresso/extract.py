@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso import per_layer
-from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of
+from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of, name_in_files
 from compresso.plan import Plan
 from compresso.shape import ModelShape, describe, head_dim_of, rows_of, rows_per_group
 
@@ -39,7 +39,8 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config = smaller_config(model.config, old, plan)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
-    weights = dict(cut_weights(old, model.config.model_type, plan))
+    cut = cut_weights(old, model.config.model_type, plan)
+    weights = {name_in_files(config.model_type, name): tensor for name, tensor in cut}
     smaller = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
     smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.to(model.device).train(model.training)

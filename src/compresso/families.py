@@ -164,3 +164,11 @@ def family_of(model_type: str) -> Family:
             f"model_type {model_type!r} is not supported; supported are: {supported}. "
             "docs/add-a-family.md tells how to describe another one."
         ) from None
+
+
+def name_in_files(model_type: str, name: str) -> str:
+    """What a checkpoint of a model_type calls this weight; one with code of ours keeps the names of its class."""
+    for own, stored in family_of(model_type).stored_names:
+        if name.startswith(own) and not model_type.startswith(PER_LAYER_PREFIX):
+            return stored + name.removeprefix(own)
+    return name

@@ -19,7 +19,7 @@ from compresso import checkpoint
 from compresso import plan as plans
 from compresso.adapters import Adapter
 from compresso.extract import check_fit, cut_weights, smaller_config
-from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.families import family_of, name_in_files
 from compresso.plan import Plan
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.shape import count_prunable, describe
@@ -209,7 +209,8 @@ def write_shards(
     Raises RuntimeError if the weights are not those of the model: that would be our mistake.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    dtype, shards, stored = model.config.dtype, _shards(model), _names_in_files(model)
+    dtype, shards = model.config.dtype, _shards(model)
+    stored = {name: name_in_files(model.config.model_type, name) for name in shapes}
     places: dict[str, tuple[int, int]] = {}
     for number, shard in enumerate(shards, 1):
         places |= {name: (number, begin) for name, begin in shard.items()}
@@ -259,16 +260,6 @@ def _shards(model: PreTrainedModel) -> list[dict[str, int]]:
 
 def _file_name(number: int, of: int) -> str:
     return "model.safetensors" if of == 1 else f"model-{number:05}-of-{of:05}.safetensors"
-
-
-def _names_in_files(model: PreTrainedModel) -> dict[str, str]:
-    """What each parameter is called in a checkpoint; one with code of ours keeps the names of its class."""
-    config = model.config
-    renamed = () if config.model_type.startswith(PER_LAYER_PREFIX) else family_of(config.model_type).stored_names
-    names = {name: name for name, _ in model.named_parameters()}
-    for own, other in renamed:
-        names |= {name: other + name.removeprefix(own) for name in names if name.startswith(own)}
-    return names
 
 
 def _header(
