@@ -53,6 +53,7 @@ def test_what_no_runtime_has_a_class_for_is_said():
     assert "gguf" not in found["llama.cpp, Ollama, LM Studio"].do
     heads = loads("opt", EQUAL)
     assert heads["vLLM, own classes"].do == "export --to padded"
+    assert heads["MLX"].do == "another runtime"
 
 
 def test_the_command_prints_and_writes_the_table(checkpoint, capsys):

@@ -227,7 +227,8 @@ def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneCo
     mlp = sum(layer.intermediate_size * shape.mlp_matrices for layer in shape.layers)
     share = max(0.1, 1 - config.target_sparsity * (attention + mlp) / mlp)
     name = family_of(architecture.model_type).intermediate_size
-    setattr(smaller, name, round(getattr(architecture, name) * share))
+    smaller.per_layer_config = None  # as in `_with_layers`: all as wide as the widest
+    setattr(smaller, name, round(getattr(smaller, name) * share))
     return smaller
 
 
