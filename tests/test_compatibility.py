@@ -45,6 +45,17 @@ def test_what_llama_cpp_has_no_architecture_for_is_said():
     assert found["vLLM, own classes"].do == "export --to padded"
 
 
+def test_what_no_runtime_has_a_class_for_is_said():
+    found = loads("opt", {"intermediate": [30, 30, 30]})
+    assert found["vLLM"].loads
+    assert not found["MLX"].loads
+    assert "no architecture for opt" in found["llama.cpp, Ollama, LM Studio"].why
+    assert "gguf" not in found["llama.cpp, Ollama, LM Studio"].do
+    heads = loads("opt", EQUAL)
+    assert heads["vLLM, own classes"].do == "export --to padded"
+    assert heads["MLX"].do == "another runtime"
+
+
 def test_the_command_prints_and_writes_the_table(checkpoint, capsys):
     assert main(["export", str(checkpoint), "--check"]) == 0
     printed = capsys.readouterr().out

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compresso import describe, tuning
+from compresso import describe, extract, tuning
 from compresso.adapters import add_lora, inside
 from compresso.batches import Batch, before_targets
 from compresso.cli import main
@@ -16,6 +16,7 @@ from compresso.estimate import _Live, _with_layers, estimate, step_memory
 from compresso.families import FAMILIES
 from compresso.masks import Gates
 from compresso.train import target_loss
+from test_extract import gates_of
 from tiny import tiny_model
 
 CONFIG = PruneConfig(batch_size=3, max_length=40, tune="lora")
@@ -23,7 +24,7 @@ CONFIG = PruneConfig(batch_size=3, max_length=40, tune="lora")
 
 def counted(model, prompt, tune):
     """Bytes at the peak of a real step."""
-    wrapped = inside(tuning.start(model, tune, CONFIG, 0)).train()
+    wrapped = inside(tuning.start(model, tune, CONFIG, 0))
     shape = describe(wrapped)
     gates = Gates(wrapped, shape)
     ids = torch.arange(120).view(3, 40)
@@ -85,9 +86,22 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_a_model_of_unequal_widths_is_estimated_as_its_widest_layer(model_type, tmp_path):
+    model = tiny_model(model_type)
+    for name, widths in {"unequal": [40, 17, 33], "widest": [40, 40, 40]}.items():
+        extract(model, gates_of(model, {"kv_group": [2, 2, 2], "intermediate": widths})).save_pretrained(
+            tmp_path / name
+        )
+    settings = {"prompt": "none", "steps": 4, "recover_steps": 2}
+    found, widest = (estimate(PruneConfig(model=str(tmp_path / name), **settings)) for name in ("unequal", "widest"))
+    assert found.training["activations"] == widest.training["activations"]
+    assert found.parameters < widest.parameters
+
+
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps():
     """Counted in another way: storages that autograd saves, which are not the model's own."""
-    model = inside(add_lora(tiny_model("llama"), CONFIG, 0)).train()
+    model = inside(add_lora(tiny_model("llama"), CONFIG, 0))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids = torch.arange(120).view(3, 40)
     saved = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compresso import extract
+from compresso import checkpoint, extract
 from compresso.families import FAMILIES, family_of
 from compresso.masks import gated
 from compresso.plan import Plan
@@ -22,6 +22,9 @@ VARIANTS = [
     ("qwen2", {"head_dim": None}),
     ("qwen3", {"tie_word_embeddings": False}),
     ("mistral", {"tie_word_embeddings": True}),
+    ("opt", {"enable_bias": False, "tie_word_embeddings": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
 ]
 variants = pytest.mark.parametrize(("model_type", "settings"), VARIANTS)
 
@@ -111,7 +114,7 @@ def test_saved_and_loaded_gives_the_same_logits_bit_for_bit(model_type, settings
     smaller.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits(loaded, token_ids), logits(smaller, token_ids))
-    choosy = settings.get("mlp_bias", False) or model_type.startswith("gemma")  # about the number of heads
+    choosy = settings.get("mlp_bias") or model_type.startswith("gemma") or FAMILIES[model_type].derived_head_dim
     assert loaded.config.model_type.startswith("compresso_") == (not equal or choosy)
 
 
@@ -174,6 +177,22 @@ def test_a_plan_of_another_shape_is_refused():
     plan = random_plan(tiny_model("llama"))
     with pytest.raises(ValueError, match="3 layers"):
         extract(tiny_model("llama", num_hidden_layers=2), plan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before = False; only one with True"),
+        ({"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16; only one with 32"),
+    ],
+)
+def test_an_opt_of_another_kind_is_refused(settings, message, tmp_path):
+    model = tiny_model("opt", **settings)
+    with pytest.raises(ValueError, match=message):
+        describe(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.find(str(tmp_path))
 
 
 def test_sparsity_of_probabilities_is_the_outer_product_sum():

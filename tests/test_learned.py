@@ -32,9 +32,10 @@ def batch(tokenizer):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_of_gates_are_those_of_the_gates_that_prune(batch, recompute):
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_gradients_of_gates_are_those_of_the_gates_that_prune(batch, model_type, recompute):
     """Record by record, with the hooks that the run itself uses."""
-    model = tiny_model("llama", max_position_embeddings=512)
+    model = tiny_model(model_type, max_position_embeddings=512)
     shape = describe(model)
     first, second = gate_gradients(model, [batch], recompute)
     expected = {unit: [] for unit in first}

@@ -7,7 +7,7 @@ import torch
 
 from compresso import extract
 from compresso.families import FAMILIES
-from compresso.padding import largest, pad
+from compresso.padding import alike, largest, pad
 from compresso.shape import LayerShape, describe
 from test_extract import gates_of, logits
 from tiny import tiny_model
@@ -18,10 +18,12 @@ UNEQUAL = {"kv_group": [2, 0, 1], "intermediate": [40, 17, 0]}
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_padded_to_equal_widths_a_model_is_a_stock_one_that_computes_the_same(model_type, token_ids):
     smaller = extract(tiny_model(model_type), gates_of(tiny_model(model_type), {**UNEQUAL, "hidden": [24]}))
-    wide = largest(describe(smaller).layers)
-    padded = pad(smaller, [wide] * 3)
+    wide = alike(smaller)
+    padded = pad(smaller, wide)
     assert padded.config.model_type == model_type
-    assert describe(padded).layers == (wide,) * 3
+    assert describe(padded).layers == tuple(wide)
+    if not FAMILIES[model_type].derived_head_dim:
+        assert wide[0] == largest(describe(smaller).layers)
     torch.testing.assert_close(logits(padded, token_ids), logits(smaller, token_ids), rtol=0, atol=1e-5)
 
 

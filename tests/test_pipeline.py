@@ -151,6 +151,19 @@ def test_units_that_a_family_cannot_lack_are_left_out_or_refused(tokenizer, data
     assert summary["sparsity"] == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
+def test_equal_widths_are_a_stock_class_where_that_takes_all_heads(model_type, tokenizer, data, tmp_path):
+    tiny_model(model_type, max_position_embeddings=512).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    settings = {**QUICK, "model": str(tmp_path / "dense"), "data": str(data), "output": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=rf"{model_type} cannot lack some of its kv_group and be a stock one"):
+        compresso.prune(**settings, units="kv_group", shape="uniform")
+    summary = compresso.prune(**settings, target_sparsity=0.2, shape="uniform", tune="lora", distill=0.3)
+    assert summary["units"] == ["intermediate"]
+    assert summary["max_logit_difference"] < 1e-3
+    assert AutoConfig.from_pretrained(tmp_path / "run" / "model").model_type == model_type
+
+
 def test_repeating_a_recovery_gives_the_same_weights_and_going_further_does_not(finished, tmp_path):
     before = load_file(finished / "model" / "model.safetensors")
     compresso.recover(str(finished))

@@ -11,13 +11,14 @@ from compresso.calibration import (
     block_influence,
     calibration_batches,
     input_moments,
+    output_paths,
     real_tokens,
     weight_gradients,
 )
 from compresso.methods import METHODS
 from compresso.plan import Plan
 from compresso.prepare import prepare
-from compresso.repair import add_biases, refit
+from compresso.repair import add_biases, kept_columns, refit
 from compresso.shape import LayerShape, ModelShape, describe
 from compresso.train import target_loss
 from tiny import random_plan, tiny_model
@@ -26,7 +27,13 @@ ONE_SHOT = [name for name in METHODS if name != "l0"]
 
 
 @pytest.fixture
-def bench(tmp_path, checkpoint, data):
+def bench(request, tmp_path, checkpoint, data, tokenizer):
+    """Of a tiny Llama, or of the family that a test asks for."""
+    model_type = getattr(request, "param", "llama")
+    if model_type != "llama":
+        checkpoint = tmp_path / "dense"
+        tiny_model(model_type, max_position_embeddings=512).save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
     return prepare(
         PruneConfig(
             model=str(checkpoint),
@@ -53,13 +60,17 @@ def inputs_of(bench, path):
             with torch.no_grad():
                 bench.model(row[real][None])
     handle.remove()
-    return [x[0] for x in seen]
+    return [x.reshape(-1, x.shape[-1]) for x in seen]
 
 
 @pytest.mark.parametrize("prompt", ["none", "short"])
-def test_moments_are_those_of_the_real_tokens(bench, prompt):
+@pytest.mark.parametrize(
+    ("bench", "path"),
+    [("llama", "model.layers.1.mlp.down_proj"), ("opt", "model.decoder.layers.1.fc2")],  # which gets all rows in one
+    indirect=["bench"],
+)
+def test_moments_are_those_of_the_real_tokens(bench, path, prompt):
     bench.prompt = replace(bench.prompt, body="" if prompt == "none" else bench.prompt.body)
-    path = "model.layers.1.mlp.down_proj"
     given = calibration_batches(bench)
     found = input_moments(bench.model, given, gram=True)[path]
     rows = []
@@ -257,12 +268,26 @@ def test_biases_stand_in_for_constant_channels(bench):
         torch.testing.assert_close(extract(model, plan)(ids).logits, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
+def test_biases_that_are_there_take_up_what_goes(model_type):
+    model = tiny_model(model_type)
+    plan = random_plan(model, keep=0.7)
+    means = {path: torch.rand(model.get_submodule(path).in_features) for _, _, path in output_paths(model)}
+    before = {path: model.get_submodule(path).bias.clone() for path in means}
+    assert add_biases(model, plan, means)
+    for path, kept in kept_columns(model, plan).items():
+        matrix, gone = model.get_submodule(path), means[path].clone()
+        gone[kept] = 0
+        torch.testing.assert_close(matrix.bias, before[path] + matrix.weight @ gone)
+
+
 def test_qwen2_has_no_place_for_biases():
     model = tiny_model("qwen2")
     assert not add_biases(model, random_plan(model), {})
 
 
 @pytest.mark.parametrize("name", ONE_SHOT)
+@pytest.mark.parametrize("bench", ["llama", "opt", "gpt_neox"], indirect=True)
 def test_every_method_prunes(bench, name):
     bench.config = replace(bench.config, method=name)
     model, plan = METHODS[name](bench)

@@ -76,4 +76,4 @@ def test_every_form_loads_without_compresso(version, written, token_ids, tmp_pat
         torch.testing.assert_close(torch.tensor(values), logits(smaller, token_ids), rtol=0, atol=1e-4)
         greedy = smaller.generate(token_ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert said == greedy.tolist(), folder
-        assert base == [*token_ids.shape, 24]
+        assert base == [*token_ids.shape, smaller.config.hidden_size]

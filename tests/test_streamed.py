@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compresso import Plan, describe, extract, streamed
@@ -41,6 +41,29 @@ def test_files_hold_what_extraction_in_memory_gives(model_type, tied, tokenizer,
     assert type(actual) is type(expected)
     for name, value in expected.state_dict().items():
         assert torch.equal(value, actual.state_dict()[name]), name
+
+
+def test_files_with_other_names_and_more_in_them(tokenizer, tmp_path):
+    """As Pythia's: the head by another name, masks and rotary frequencies of old versions among the weights."""
+    model = stored("gpt_neox", tokenizer, tmp_path / "old")
+    names = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    more = {"embed_out.weight": model.lm_head.weight.detach()}
+    for i in range(3):
+        more[f"gpt_neox.layers.{i}.attention.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        more[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
+        more[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq"] = torch.ones(2, dtype=torch.float64)
+    save_file({**names, **more}, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    for name, plan in {
+        "stock": Plan(describe(model), {"intermediate": (torch.arange(3 * 48) % 2).double()}),
+        "unequal": random_plan(model),
+    }.items():
+        extract_files(str(tmp_path / "old"), saved(plan, tmp_path / f"{name} run"), tmp_path / name)
+        expected, actual = extract(model, plan), AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert expected.state_dict().keys() == actual.state_dict().keys()
+        assert all(torch.equal(value, actual.state_dict()[key]) for key, value in expected.state_dict().items())
+        expected.save_pretrained(tmp_path / f"{name} in memory")
+        written, told = (load_file(tmp_path / f / "model.safetensors") for f in (name, f"{name} in memory"))
+        assert written.keys() == told.keys()
 
 
 def test_many_shards_and_an_index(tokenizer, tmp_path, monkeypatch):

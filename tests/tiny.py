@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from compresso.families import family_of
+from compresso.families import FAMILIES, family_of
 from compresso.plan import Plan
 from compresso.shape import describe
 from documents import WORDS
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
-    """Three layers, four query heads in two groups, float32; norms and biases are not at their defaults."""
+    """Three layers, four query heads in two groups (or four), float32; norms and biases are not at their defaults."""
     special = {
         "qwen2": {"tie_word_embeddings": True},
         "qwen3": {"tie_word_embeddings": True},
@@ -38,6 +38,8 @@ def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
         "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
         "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 64, "final_logit_softcapping": 5.0},
         "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 64},
+        "opt": {"ffn_dim": 48},
+        "gpt_neox": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     }
     torch.manual_seed(seed)
     values = {
@@ -56,8 +58,12 @@ def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
         **special.get(model_type, {}),
         **settings,
     }
-    if values["head_dim"] is None:  # as real Qwen2 configs, which name none
-        del values["head_dim"]
+    family = FAMILIES[model_type]
+    known = {family.intermediate_size, family.num_key_value_heads, family.norm_eps}
+    absent = {"intermediate_size", "num_key_value_heads", "rms_norm_eps"} - known
+    if family.derived_head_dim or values["head_dim"] is None:  # as real Qwen2 configs, which name none
+        absent.add("head_dim")
+    values = {name: value for name, value in values.items() if name not in absent}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     with torch.no_grad():
         for parameter in model.parameters():

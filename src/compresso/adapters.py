@@ -47,6 +47,15 @@ def inside(wrapped: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return typing.cast(PreTrainedModel, wrapped.get_base_model()) if isinstance(wrapped, PeftModel) else wrapped
 
 
+def learning(model: nn.Module) -> None:
+    """Put adapters in training mode, and no other module: dropout that a config asks for (OPT's) would be noise in what
+    the gates and the teacher tell."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.train()
+
+
 def merge(wrapped: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Fold LoRA, if there is any, into the weights, and give back the stock model, in float32 and frozen."""
     cast(inside(wrapped), torch.float32)

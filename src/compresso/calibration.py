@@ -107,17 +107,26 @@ def _watch(
     see: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """Run the batches; `see` gets name, inputs (N, in) and outputs (N, out) of each module, padding left out."""
-    real = torch.empty(0)
+    real, prompt = torch.empty(0), False
+
+    def told(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal prompt
+        prompt = args[0].shape != real.shape  # the shared one, which is run by itself
 
     def rows(tensor: Tensor) -> Tensor:
-        return tensor[real] if tensor.shape[:2] == real.shape else tensor.flatten(0, 1)  # else: the shared prompt
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return flat if prompt else flat[real.flatten()]
 
     def hook(name: str, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
         see(name, rows(args[0]), rows(out if isinstance(out, Tensor) else out[0]))
 
+    embedding = model.get_submodule(family_of(model.config.model_type).embedding)
     handles = [
-        module.register_forward_hook(lambda _, args, out, name=name: hook(name, args, out))
-        for name, module in modules.items()
+        embedding.register_forward_pre_hook(told),
+        *(
+            module.register_forward_hook(lambda _, args, out, name=name: hook(name, args, out))
+            for name, module in modules.items()
+        ),
     ]
     with _removing(handles):
         for batch in followed(given):
@@ -231,7 +240,9 @@ def gate_gradients(
     targets = sum(batch.targets for batch in given) / records
 
     def multiply(path: str, each: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * leaves[path].repeat_interleave(each, -1).to(args[0].dtype), *args[1:])
+        gate = leaves[path].repeat_interleave(each, -1).to(args[0].dtype)
+        by_row = args[0].view(len(gate), -1, gate.shape[-1])  # OPT has all rows in one
+        return ((by_row * gate).view_as(args[0]), *args[1:])
 
     handles = []
     for i, unit, path in places:

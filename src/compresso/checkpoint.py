@@ -25,7 +25,7 @@ from transformers import (
 from compresso import demo, nemotron_nas, per_layer, whole_files
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
-from compresso.shape import describe
+from compresso.shape import check_config, describe
 from compresso.unfused import UNFUSED
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -67,6 +67,8 @@ def find(model: str, any_family: bool = False) -> str:
         raise _unreadable(model, path.is_dir(), error) from error
     if not any_family:
         _check_family(config.model_type)
+        if config.model_type not in UNFUSED:
+            check_config(config)
         _refuse_quantised(model, config)
     return model
 

@@ -19,6 +19,7 @@ from compresso.shape import describe
 from compresso.workbench import console
 
 RUN, READ = "run by the tests", "read from its code"
+VERSIONS = {"vLLM": "0.33", "SGLang": "0.5.23", "TensorRT-LLM": "main of 2026-11", "MLX": "mlx-lm 0.32.2"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Verdict:
 
 def verdicts(model: PreTrainedModel) -> list[Verdict]:
     """What is known of every runtime about a model, which may be shapes on the meta device."""
-    config, shape = model.config, describe(model)
+    config, shape, family = model.config, describe(model), family_of(model.config.model_type)
     layers = shape.layers
     stock = not config.model_type.startswith(PER_LAYER_PREFIX)
     groups = {layer.num_key_value_heads for layer in layers}
@@ -47,18 +48,20 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
         *(["no FFN in some"] if 0 in widths else []),
     ]
     unequal = f"its layers differ: {', '.join(differing) or 'heads that no stock class takes'}"
-    deci = family_of(config.model_type).gguf_per_layer == "deci"
-    padded = "export --to padded"
+    deci = family.gguf_per_layer == "deci"
+    padded = {name: "export --to padded" if name in family.native else "another runtime" for name in VERSIONS}
     if stock:
         parallel = math.gcd(layers[0].num_key_value_heads, layers[0].intermediate_size)
         native = f"a stock {config.model_type}", f"tensor parallel over {_divisors(parallel)}"
-        read = [
-            Verdict(runtime, True, *native, f"{READ} ({version})")
-            for runtime, version in (("vLLM", "0.33"), ("SGLang", "0.5.23"), ("TensorRT-LLM", "main of 2026-11"))
-        ]
-        read.append(Verdict("MLX", True, native[0], "mlx_lm.convert", f"{READ} (mlx-lm 0.32.2)"))
+        read = []
+        for runtime, version in VERSIONS.items():
+            if runtime not in family.native:
+                why, do = f"no class for {config.model_type} that we know of", "another runtime"
+            else:
+                why, do = native[0], "mlx_lm.convert" if runtime == "MLX" else native[1]
+            read.append(Verdict(runtime, runtime in family.native, why, do, f"{READ} ({version})"))
     else:
-        nas = "export --to nemotron-nas, native there" if deci else padded
+        nas = "export --to nemotron-nas, native there" if deci else padded["vLLM"]
         backend = "--model-impl transformers --trust-remote-code"
         same_heads = len(groups) == 1
         read = [
@@ -67,18 +70,20 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
                 "vLLM, transformers backend",
                 not no_attention,
                 "a layer without attention is refused there" if no_attention else "per_layer_config is read",
-                padded if no_attention else backend,
+                padded["vLLM"] if no_attention else backend,
                 f"{READ} (0.33)",
             ),
             Verdict(
                 "SGLang, transformers backend",
                 same_heads,
                 "the same heads in every layer" if same_heads else "one number of heads for all layers there",
-                backend if same_heads else padded,
+                backend if same_heads else padded["SGLang"],
                 f"{READ} (0.5.23)",
             ),
-            Verdict("TensorRT-LLM", False, unequal, padded, f"{READ} (main of 2026-11)"),
-            Verdict("MLX", False, unequal, padded, f"{READ} (mlx-lm 0.32.2)"),
+            *(
+                Verdict(name, False, unequal, padded[name], f"{READ} ({VERSIONS[name]})")
+                for name in ("TensorRT-LLM", "MLX")
+            ),
         ]
     code = "needs nothing" if stock else "trust_remote_code=True, or import compresso"
     return [
@@ -99,7 +104,8 @@ def _llama_cpp(model: PreTrainedModel) -> Verdict:
     except ImportError:
         why, do = "needs the package gguf to tell", "pip install 'compresso-llm[gguf]'"
     except ValueError as error:
-        why, do = str(error), "export --to padded, then --to gguf"
+        known = family_of(model.config.model_type).gguf is not None
+        why, do = str(error), "export --to padded, then --to gguf" if known else "another runtime"
     return Verdict(name, False, why, do, RUN)
 
 

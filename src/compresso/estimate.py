@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, PreTrainedConfig
 
 from compresso import checkpoint, tuning
-from compresso.adapters import inside
+from compresso.adapters import inside, learning
 from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.cpu_attention import products
@@ -226,7 +226,9 @@ def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneCo
     attention = sum(layer.attention_rows for layer in shape.layers)
     mlp = sum(layer.intermediate_size * shape.mlp_matrices for layer in shape.layers)
     share = max(0.1, 1 - config.target_sparsity * (attention + mlp) / mlp)
-    smaller.intermediate_size = round(architecture.intermediate_size * share)
+    name = family_of(architecture.model_type).intermediate_size
+    smaller.per_layer_config = None  # as in `_with_layers`: all as wide as the widest
+    setattr(smaller, name, round(getattr(smaller, name) * share))
     return smaller
 
 
@@ -257,7 +259,8 @@ def step_memory(
     """
     with torch.device("meta"):
         wrapped = tuning.start(shapes_of(architecture, dtype), config.tune, config, config.seed)
-    model = inside(wrapped).train()
+    learning(wrapped)
+    model = inside(wrapped)
     shape = describe(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     learned = sum(p.numel() for p in trained)

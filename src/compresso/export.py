@@ -21,7 +21,7 @@ from transformers import (
 
 from compresso import checkpoint, nemotron_nas
 from compresso.families import FAMILIES, PER_LAYER_PREFIX
-from compresso.padding import largest, pad, padded_config, with_equal_queries
+from compresso.padding import alike, largest, pad, padded_config, with_equal_queries
 from compresso.prompts import find_prompt
 from compresso.shape import LayerShape, describe
 from compresso.streamed import shapes_of
@@ -191,10 +191,13 @@ def _refuse_unequal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def _refuse_heads(config: PreTrainedConfig) -> None:
     """Equal widths that no stock class takes."""
     if config.model_type.startswith(PER_LAYER_PREFIX):
+        name = config.model_type.removeprefix(PER_LAYER_PREFIX)
+        filled = FAMILIES[name].derived_head_dim
+        others = "`--to padded` fills them up with zeros" if filled else "`--to gguf` is for llama.cpp"
         raise ValueError(
-            f"the config of {config.model_type.removeprefix(PER_LAYER_PREFIX)} takes no {config.num_attention_heads} "
-            f"heads at a hidden size of {config.hidden_size}, and no other class computes the same; "
-            "`--to hf` carries the code that loads it, `--to gguf` is for llama.cpp"
+            f"the config of {name} takes no {config.num_attention_heads} heads at a hidden size of "
+            f"{config.hidden_size}, and no other class computes the same; `--to hf` carries the code that loads it, "
+            + others
         )
 
 
@@ -206,17 +209,12 @@ def _span(layers: tuple[LayerShape, ...]) -> str:
     return ", ".join(parts)
 
 
-def _all_alike(model: PreTrainedModel) -> list[LayerShape]:
-    layers = describe(model).layers
-    return [largest(layers)] * len(layers)
-
-
 def _refuse_unpaddable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    _refuse_heads(padded_config(model, _all_alike(model)))
+    _refuse_heads(padded_config(model, alike(model)))
 
 
 def _write_padded(made: Export) -> None:
-    made.save(pad(made.model, _all_alike(made.model)))
+    made.save(pad(made.model, alike(made.model)))
 
 
 def _refuse_nas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso import per_layer
-from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of
+from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of, name_in_files
 from compresso.plan import Plan
-from compresso.shape import ModelShape, describe, head_dim_of, rows_of
+from compresso.shape import ModelShape, describe, head_dim_of, rows_of, rows_per_group
 
 _classes: list[Any] = per_layer.CLASSES
 for _config, _base, _causal in _classes:
@@ -39,7 +39,8 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config = smaller_config(model.config, old, plan)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
-    weights = dict(cut_weights(old, model.config.model_type, plan))
+    cut = cut_weights(old, model.config.model_type, plan)
+    weights = {name_in_files(config.model_type, name): tensor for name, tensor in cut}
     smaller = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
     smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.to(model.device).train(model.training)
@@ -56,7 +57,8 @@ def check_fit(plan: Plan, shape: ModelShape, family: Family) -> None:
     for unit in family.fixed:
         for layer, (kept, size) in enumerate(zip(plan.keep[unit], shape.sizes(unit), strict=True)):
             if 0 < len(kept) < size:
-                raise ValueError(f"layer {layer} of this family cannot lack some of its {unit} and compute the same")
+                whose = "a model" if unit == "hidden" else f"layer {layer}"
+                raise ValueError(f"{whose} of this family cannot lack some of its {unit} and compute the same")
 
 
 def _kept_layers(plan: Plan) -> list[int]:
@@ -112,6 +114,8 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
     # where the embedding is scaled by the root of the hidden size, it makes up for that, a tied head with it
     embedded = norm_scale if family.scaled_embedding else 1.0
     yield from take(family.embedding, family.embedding, None, hidden, embedded)
+    if family.positions:
+        yield from take(family.positions, family.positions, None, hidden)
     yield from norms("", "", (family.final_norm,), norm_scale / embedded)
     yield from take(family.head, family.head, None, hidden, embedded)
     gates = {u: g.split(plan.shape.sizes(u)) for u, g in plan.gates.items()}
@@ -121,19 +125,17 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
         groups, channels = keep["kv_group"][i], keep["intermediate"][i]
         if len(groups):
             layer = plan.shape.layers[i]
-            key_rows = rows_of(groups, layer.head_dim)
-            query_rows = rows_of(groups, layer.head_dim * layer.queries_per_group)
             # q/k norms share an eps that grows with norm_scale squared: so must what they divide
             into_norm = norm_scale if family.query_key_norms else 1.0
-            for path, rows in ((family.query, query_rows), (family.key, key_rows)):
-                yield from take(source + path, target + path, rows, hidden, into_norm, into_norm)
-            yield from take(source + family.value, target + family.value, key_rows, hidden)
+            for path, each in rows_per_group(family, layer).items():
+                by = 1.0 if path == family.value else into_norm
+                yield from take(source + path, target + path, rows_of(groups, each), hidden, by, by)
             yield from norms(source, target, family.attention_norms)
-            whole = float(gates["attention"][i])
-            per_column = gates["kv_group"][i][groups].repeat_interleave(layer.head_dim * layer.queries_per_group)
+            whole, each = float(gates["attention"][i]), layer.columns("kv_group")
+            per_column = gates["kv_group"][i][groups].repeat_interleave(each)
             output = family.attention_output
-            yield from take(source + output, target + output, hidden, query_rows, per_column * whole, whole)
-            known = (family.query, family.key, family.value, output)
+            yield from take(source + output, target + output, hidden, rows_of(groups, each), per_column * whole, whole)
+            known = (*family.attention_inputs, output)
             for name in sorted(old):  # what belongs to a head dimension and stays: q and k norms
                 if name.startswith(source + family.attention + "."):
                     path = name.removeprefix(source)
@@ -170,23 +172,22 @@ def sized_config(
         for key, value in old.to_dict().items()
         if key not in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")
     }
-    settings |= {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": len(widths),
-        "head_dim": head_dim_of(old),
-        "rms_norm_eps": old.rms_norm_eps * (old.hidden_size / hidden_size),
-        **{key: max(width[key] for width in widths) for key in widths[0]},
-    }
-    for key in ("num_key_value_heads", "num_attention_heads"):
-        settings[key] = settings[key] or 1  # every attention is gone: the value is never used
     base = old.model_type.removeprefix(PER_LAYER_PREFIX)
-    for name in FAMILIES[base].config_lists:
+    family = FAMILIES[base]
+    widest = {key: max(width[key] for width in widths) for key in widths[0]}
+    for key in ("num_key_value_heads", "num_attention_heads"):
+        widest[key] = widest[key] or 1  # every attention is gone: the value is never used
+    settings |= {"hidden_size": hidden_size, "num_hidden_layers": len(widths), "head_dim": head_dim_of(old)}
+    settings |= family.in_config(widest)
+    if family.norm_eps:
+        settings[family.norm_eps] = getattr(old, family.norm_eps) * (old.hidden_size / hidden_size)
+    for name in family.config_lists:
         if settings.get(name):
             settings[name] = [settings[name][i] for i in layers]
-    overrides = {j: _override(width, settings) for j, width in enumerate(widths)}
+    overrides = {j: _override(width, widest, family) for j, width in enumerate(widths)}
     if not any(overrides.values()):
         biased = any(name.endswith("_proj.bias") for name in names)
-        stock = _stock_config(base, FAMILIES[base], settings, biased)
+        stock = _stock_config(base, family, settings, biased)
         if stock is not None:
             return stock
     config = AutoConfig.for_model(PER_LAYER_PREFIX + base, **settings)
@@ -194,18 +195,23 @@ def sized_config(
     return config
 
 
-def _override(width: dict[str, int], common: dict) -> dict:
-    """What differs in one layer from the common widths."""
+def _override(width: dict[str, int], common: dict[str, int], family: Family) -> dict:
+    """What differs in one layer from the common widths, by the names of the config."""
     skip = [
         name for name, key in (("attention", "num_key_value_heads"), ("mlp", "intermediate_size")) if not width[key]
     ]
     different = {key: value for key, value in width.items() if value and value != common[key]}
-    return {**different, **({"skip": skip} if skip else {})}
+    return {**family.in_config(different), **({"skip": skip} if skip else {})}
 
 
 def _stock_config(base: str, family: Family, settings: dict, biased: bool) -> PreTrainedConfig | None:
     """The family's own config class, or its stand-in, whichever takes these widths."""
     stand_in = None if biased else family.stand_in
+    if family.derived_head_dim:
+        head_dim = settings["head_dim"]
+        if settings["num_attention_heads"] * head_dim != settings["hidden_size"]:
+            return None
+        settings = {key: value for key, value in settings.items() if key != "head_dim"}
     try:
         return AutoConfig.for_model(base, **settings)
     except (ValueError, StrictDataclassError):

@@ -5,6 +5,7 @@ second from one decoder layer.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 PER_LAYER_PREFIX = "compresso_"
 """model_type of a family's class with different widths per layer: this, then the family."""
@@ -15,6 +16,8 @@ class Family:
     """One architecture, as paths and facts that extraction needs."""
 
     embedding: str = "model.embed_tokens"
+    positions: str | None = None
+    """Learned positions, added to what the embedding gives."""
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
@@ -23,11 +26,14 @@ class Family:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
+    query_key_value: str | None = None
+    """One matrix in place of these three: for each group the rows of its queries, its key and its value."""
     attention_output: str = "self_attn.o_proj"
     attention_norms: tuple[str, ...] = ("input_layernorm",)
-    """RMSNorms over the hidden channels that belong to the attention, before or after it."""
+    """Norms over the hidden channels that belong to the attention, before or after it."""
+    num_heads: str | None = None
+    """Attribute of a layer that counts query heads, where the attention's code reads one."""
 
-    mlp: str = "mlp"
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Matrices whose rows are the FFN channels."""
     mlp_output: str = "mlp.down_proj"
@@ -41,8 +47,21 @@ class Family:
     """What the embedding gives is multiplied by the root of the hidden size."""
     config_lists: tuple[str, ...] = ("layer_types",)
     """Entries of the config that have one value for each layer."""
+    num_key_value_heads: str | None = "num_key_value_heads"
+    """The config's name for the number of groups; None where every query head is one."""
+    intermediate_size: str = "intermediate_size"
+    """The config's name for the FFN width."""
+    norm_eps: str | None = "rms_norm_eps"
+    """The config's name for what grows with each hidden channel that goes; None where none goes."""
+    derived_head_dim: bool = False
+    """The stock class has no head_dim but divides the hidden size by the number of heads: it takes all of them only."""
+    needs: tuple[tuple[str, Any], ...] = ()
+    """Entries of the config, and the value of each that can be pruned; a string names an entry that it equals."""
+    stored_names: tuple[tuple[str, str], ...] = ()
+    """Beginnings of names in the stock class, and what they are called in its files."""
     fixed: tuple[str, ...] = ()
-    """Units that no smaller model can lack exactly."""
+    """Units that no smaller model can lack exactly. A LayerNorm's mean and variance are of all hidden channels, and no
+    other weights make up for those that are not there: `hidden`."""
 
     gguf: str | None = None
     """llama.cpp's architecture for equal widths, where it can be written."""
@@ -52,6 +71,18 @@ class Family:
     stand_in: str | None = None
     """model_type that computes the same and is written where this one's config refuses the
     widths (transformers 5: LlamaConfig wants hidden_size % num_attention_heads == 0)."""
+    native: tuple[str, ...] = ("vLLM", "SGLang", "TensorRT-LLM", "MLX")
+    """Runtimes that have a class of their own for it."""
+
+    @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """Matrices whose rows groups own."""
+        return (self.query_key_value,) if self.query_key_value else (self.query, self.key, self.value)
+
+    def in_config(self, widths: dict[str, int]) -> dict[str, int]:
+        """Widths of a layer (`LayerShape.widths`) by the names of the config."""
+        names = {"num_key_value_heads": self.num_key_value_heads, "intermediate_size": self.intermediate_size}
+        return {name: width for key, width in widths.items() if (name := names.get(key, key))}
 
 
 _SANDWICHED = Family(
@@ -76,6 +107,47 @@ FAMILIES: dict[str, Family] = {
         fixed=("kv_group",),
         gguf="olmo2",
     ),
+    "opt": Family(
+        embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        layers="model.decoder.layers",
+        final_norm="model.decoder.final_layer_norm",
+        attention_output="self_attn.out_proj",
+        attention_norms=("self_attn_layer_norm",),
+        num_heads="self_attn.num_heads",
+        mlp_inputs=("fc1",),
+        mlp_output="fc2",
+        mlp_norms=("final_layer_norm",),
+        num_key_value_heads=None,
+        intermediate_size="ffn_dim",
+        norm_eps=None,
+        derived_head_dim=True,
+        # OPT-350m has norms after the sub-layers: one that lost both would still do something
+        needs=(
+            ("do_layer_norm_before", True),
+            ("_remove_final_layer_norm", False),
+            ("word_embed_proj_dim", "hidden_size"),
+        ),
+        fixed=("hidden",),
+        native=("vLLM", "SGLang"),
+    ),
+    "gpt_neox": Family(
+        embedding="gpt_neox.embed_in",
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        query_key_value="attention.query_key_value",
+        attention_output="attention.dense",
+        mlp_inputs=("mlp.dense_h_to_4h",),
+        mlp_output="mlp.dense_4h_to_h",
+        num_key_value_heads=None,
+        norm_eps=None,
+        derived_head_dim=True,
+        stored_names=(("lm_head.", "embed_out."),),
+        fixed=("hidden",),
+        gguf="gptneox",
+        native=("vLLM", "MLX"),
+    ),
 }
 
 
@@ -92,3 +164,11 @@ def family_of(model_type: str) -> Family:
             f"model_type {model_type!r} is not supported; supported are: {supported}. "
             "docs/add-a-family.md tells how to describe another one."
         ) from None
+
+
+def name_in_files(model_type: str, name: str) -> str:
+    """What a checkpoint of a model_type calls this weight; one with code of ours keeps the names of its class."""
+    for own, stored in family_of(model_type).stored_names:
+        if name.startswith(own) and not model_type.startswith(PER_LAYER_PREFIX):
+            return stored + name.removeprefix(own)
+    return name

@@ -39,6 +39,8 @@ class Architecture:
     tied_only: bool = False
     square: bool = False
     """Query heads together are as wide as the hidden size."""
+    complete: bool = False
+    """Every matrix must have a bias, and the head weights of its own: zeros and a copy of the embedding, if need be."""
     rope_factors: bool = False
     every: tuple[str, int, Any] | None = None
     """A list of the config that the loader does not read, but takes as: at every so many layers this value."""
@@ -54,6 +56,7 @@ ARCHITECTURES = {
     "gemma2": Architecture(every=("layer_types", 2, "full_attention")),
     "gemma3": Architecture(every=("layer_types", 6, "full_attention")),
     "olmo2": Architecture(square=True),
+    "gptneox": Architecture(fused=True, square=True, complete=True),
     "openelm": Architecture(per_layer=True, fused=True, tied_only=True),
 }
 
@@ -66,8 +69,8 @@ def architecture_of(model: PreTrainedModel) -> str:
     stock = model.config.model_type.removeprefix(PER_LAYER_PREFIX)
     if family.gguf is None:
         raise ValueError(
-            f"{stock} is not written for llama.cpp here; `--to padded` gives a stock checkpoint, which llama.cpp's own "
-            "convert_hf_to_gguf.py reads"
+            f"llama.cpp has no architecture for {stock}; `--to onnx` is for onnxruntime, which needs no GPU either, "
+            "`--to padded` gives a stock checkpoint for other runtimes"
         )
     if equal and ARCHITECTURES[family.gguf].square:
         equal = first.num_key_value_heads * first.queries_per_group * first.head_dim == shape.hidden_size
@@ -77,7 +80,7 @@ def architecture_of(model: PreTrainedModel) -> str:
         raise ValueError(
             f"llama.cpp has no architecture for a {stock} whose layers differ in width or whose query heads together "
             f"are not as wide as its hidden size{'' if name is None else ', with a head of its own'}; `--to padded` "
-            "first, then `--to gguf` of its result, works for the former"
+            f"first, then `--to gguf` of its result, works{'' if family.derived_head_dim else ' for the former'}"
         )
     _check_constants(model, name)
     factors = rope_factors(model)
@@ -122,7 +125,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write_shape(writer, model, ARCHITECTURES[name])
     write_tokens(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
-    tied = model.config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings and not ARCHITECTURES[name].complete
     numbers = {}
     for tensor, value in _tensors(model, name):
         size = tuple(value.shape)
@@ -149,8 +152,13 @@ def _main_rope(config: PreTrainedConfig) -> dict[str, Any]:
     return rope.get("full_attention", rope)
 
 
+def _rotated(config: PreTrainedConfig) -> int:
+    """Of the entries of a head, those that rotary positions turn."""
+    return int(head_dim_of(config) * _main_rope(config).get("partial_rotary_factor", 1.0))
+
+
 def rope_factors(model: PreTrainedModel) -> Tensor | None:
-    """What each rotary frequency of the model is slowed down by, (head_dim / 2,); None where it is not.
+    """What each rotary frequency of the model is slowed down by, one for two entries of a head; None where it is not.
 
     Raises ValueError for scalings that depend on the length of the text or scale attention.
     """
@@ -164,8 +172,8 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
         return None  # no layer looks at all of a text
     if rope["rope_type"] not in ("default", "linear", "llama3") or getattr(rotary, f"{kind}attention_scaling") != 1:
         raise ValueError(f"rotary positions scaled as {rope['rope_type']!r} are not written for llama.cpp")
-    head_dim = head_dim_of(config)
-    plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    rotated = _rotated(config)
+    plain = rope["rope_theta"] ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     factors = plain / getattr(rotary, f"{kind}inv_freq").double()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors.float()
 
@@ -202,12 +210,14 @@ def _write_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Archi
     writer.add_head_count_kv(each("num_key_value_heads"))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(_rotated(config))
     writer.add_rope_freq_base(_main_rope(config)["rope_theta"])
     if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for add, key in (
+        (writer.add_layer_norm_rms_eps, "rms_norm_eps"),
+        (writer.add_layer_norm_eps, "layer_norm_eps"),
+        (writer.add_parallel_residual, "use_parallel_residual"),
         (writer.add_attention_scale, "attention_multiplier"),
         (writer.add_embedding_scale, "embedding_multiplier"),
         (writer.add_residual_scale, "residual_multiplier"),
@@ -224,16 +234,21 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     architecture, family = ARCHITECTURES[name], family_of(model.config.model_type)
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    layers, weights = describe(model).layers, model.state_dict()
+    layers, weights = describe(model).layers, dict(model.state_dict())
+    if architecture.complete:
+        for key in [key for key, value in weights.items() if key.startswith(family.layers) and value.ndim == 2]:
+            weights.setdefault(key.removesuffix("weight") + "bias", weights[key].new_zeros(len(weights[key])))
     heads = {family.query: "num_attention_heads", family.key: "num_key_value_heads"}
     for key, value in weights.items():
-        if key == family.head + ".weight" and model.config.tie_word_embeddings:
+        if key == family.head + ".weight" and model.config.tie_word_embeddings and not architecture.complete:
             continue
         module, _, kind = key.rpartition(".")
         layer, _, path = module.removeprefix(family.layers + ".").partition(".")
         if architecture.interleaved and path in heads:
             value = _interleaved(value, layers[int(layer)].widths[heads[path]])
-        if architecture.fused and path == family.query:
+        if path == family.query_key_value:
+            yield f"blk.{layer}.attn_qkv.{kind}", _apart(value, layers[int(layer)])
+        elif architecture.fused and path == family.query:
             others = [weights[f"{family.layers}.{layer}.{p}.{kind}"] for p in (family.key, family.value)]
             yield f"blk.{layer}.attn_qkv.{kind}", torch.cat([value, *others])
         elif not (architecture.fused and path in (family.key, family.value)):
@@ -243,6 +258,13 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     factors = rope_factors(model)
     if factors is not None:
         yield "rope_freqs.weight", factors
+
+
+def _apart(rows: Tensor, layer: LayerShape) -> Tensor:
+    """Rows of queries, keys and values, which each group has together, as all queries, all keys, all values."""
+    groups, queries = layer.num_key_value_heads, layer.queries_per_group
+    heads = rows.view(groups, queries + 2, layer.head_dim, *rows.shape[1:])
+    return torch.cat([part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1)])
 
 
 def _interleaved(rows: Tensor, heads: int) -> Tensor:

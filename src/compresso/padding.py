@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.extract import sized_config
-from compresso.families import Family, family_of
-from compresso.shape import LayerShape, describe, rows_of
+from compresso.families import Family, family_of, name_in_files
+from compresso.shape import LayerShape, describe, rows_per_group
 
 
 def largest(layers: Sequence[LayerShape]) -> LayerShape:
@@ -26,6 +26,17 @@ def largest(layers: Sequence[LayerShape]) -> LayerShape:
         layers[0].head_dim,
         max(layer.intermediate_size for layer in layers),
     )
+
+
+def alike(model: PreTrainedModel) -> list[LayerShape]:
+    """The least widths, the same in every layer, that hold the model and that its stock class takes."""
+    shape = describe(model)
+    widest = largest(shape.layers)
+    if family_of(model.config.model_type).derived_head_dim:
+        queries = max(1, widest.queries_per_group)
+        groups = shape.hidden_size // widest.head_dim // queries
+        widest = replace(widest, num_key_value_heads=groups, queries_per_group=queries)
+    return [widest] * len(shape.layers)
 
 
 def padded_config(model: PreTrainedModel, layers: Sequence[LayerShape]) -> PreTrainedConfig:
@@ -68,6 +79,7 @@ def pad(model: PreTrainedModel, layers: Sequence[LayerShape]) -> PreTrainedModel
             new_weight.index_copy_(0, rows[module].to(model.device), old_weight)
         else:
             new_weight.index_copy_(1, columns[module].to(model.device), old_weight)
+    padded = {name_in_files(config.model_type, name): tensor for name, tensor in padded.items()}
     wider = model_class.from_pretrained(None, config=config, state_dict=padded, dtype=model.dtype)
     wider.generation_config = copy.deepcopy(model.generation_config)
     return wider.to(model.device).eval()
@@ -109,11 +121,20 @@ def _places(
     columns: dict[str, Tensor] = {}
     for i, (before, after) in enumerate(zip(old, new, strict=True)):
         groups, channels = torch.arange(before.num_key_value_heads), torch.arange(before.intermediate_size)
-        heads = rows_of(groups, after.queries_per_group).view(len(groups), after.queries_per_group)
-        queries = rows_of(heads[:, : before.queries_per_group].flatten(), before.head_dim)
-        keys = rows_of(groups, before.head_dim)
         prefix = f"{family.layers}.{i}."
-        rows |= {prefix + family.query: queries, prefix + family.key: keys, prefix + family.value: keys}
+        wider = rows_per_group(family, after)
+        queries = torch.arange(before.columns("kv_group"))
+        for path, each in rows_per_group(family, before).items():
+            # queries come first in a group; what follows them moves by what they grow
+            within = torch.arange(each)
+            within[len(queries) :] += wider[path] - each
+            rows[prefix + path] = _in_groups(groups, within, wider[path])
         rows |= {prefix + path: channels for path in family.mlp_inputs}
-        columns |= {prefix + family.attention_output: queries, prefix + family.mlp_output: channels}
+        columns[prefix + family.attention_output] = _in_groups(groups, queries, after.columns("kv_group"))
+        columns[prefix + family.mlp_output] = channels
     return rows, columns
+
+
+def _in_groups(groups: Tensor, within: Tensor, each: int) -> Tensor:
+    """Indices of the entries `within` of these groups, of `each` entries."""
+    return (groups[:, None] * each + within).flatten()

@@ -9,6 +9,8 @@ schema of transformers 5: only what differs from the global value is listed, and
 All computation is the stock class's; only the construction of the layers is here.
 """
 
+import copy
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -19,6 +21,9 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Gemma3TextModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXModel,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteModel,
@@ -31,6 +36,9 @@ from transformers import (
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo2Model,
+    OPTConfig,
+    OPTForCausalLM,
+    OPTModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -41,6 +49,8 @@ from transformers import (
     SmolLM3ForCausalLM,
     SmolLM3Model,
 )
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
+from transformers.models.opt.modeling_opt import OPTAttention
 
 
 class NoAttention(nn.Module):
@@ -54,8 +64,8 @@ class NoAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states, past_key_values=None, cache=None, **kwargs):
-        cache = past_key_values if cache is None else cache  # renamed in transformers 5.24
+    def forward(self, hidden_states, past_key_values=None, cache=None, layer_past=None, **kwargs):
+        cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         if cache is not None:
             batch, tokens = hidden_states.shape[:2]
             count = hidden_states.new_zeros(batch, 1, tokens, 1)
@@ -68,6 +78,21 @@ class NoMLP(nn.Module):
 
     def forward(self, hidden_states):
         return torch.zeros_like(hidden_states)
+
+
+class OwnHeadDim:
+    """Mixin before a stock attention that divides the hidden size by the number of heads: its heads have head_dim."""
+
+    output = "out_proj"
+
+    def __init__(self, config, layer_idx):
+        inner = copy.copy(config)
+        inner.hidden_size = config.num_attention_heads * config.head_dim
+        super().__init__(inner, layer_idx)
+        for name, matrix in list(self.named_children()):
+            wide = matrix.in_features if name == self.output else config.hidden_size
+            out = config.hidden_size if name == self.output else matrix.out_features
+            setattr(self, name, nn.Linear(wide, out, bias=matrix.bias is not None))
 
 
 def sandwiched(layer):
@@ -85,25 +110,42 @@ def without(layer, *names):
 class PerLayer:
     """Mixin before a stock model: builds each decoder layer from the config of that layer."""
 
+    attention_class: type[OwnHeadDim] | None = None
+    """An OwnHeadDim, for stock models whose attention has none."""
+
     def __init__(self, config):
         layer_configs = list(config.per_layer_config)
         overrides = config.to_dict().get("per_layer_config", {})
         config.per_layer_config = None
+        heads = config.num_attention_heads
+        if self.attention_class:
+            config.num_attention_heads = 1  # which divides any hidden size
         super().__init__(config)  # layers of the global widths, replaced below
+        config.num_attention_heads = heads
         config.per_layer_config = overrides
-        layers = getattr(self, "model", self).layers
+        layers = next(part.layers for part in self.modules() if hasattr(part, "layers"))
         for index, layer_config in enumerate(layer_configs):
-            layers[index] = layer = type(layers[index])(layer_config, index)
+            given = copy.copy(layer_config)
+            if self.attention_class:
+                given.num_attention_heads = 1
+            layers[index] = layer = type(layers[index])(given, index)
+            attention = "self_attn" if hasattr(layer, "self_attn") else "attention"
             skipped = getattr(layer_config, "skip", ())
             if "attention" in skipped:
-                layer.self_attn = NoAttention(index)
-                without(layer, "input_layernorm", "post_attention_layernorm" if sandwiched(layer) else "")
+                setattr(layer, attention, NoAttention(index))
+                without(layer, "input_layernorm", "self_attn_layer_norm")
+                without(layer, "post_attention_layernorm" if sandwiched(layer) else "")
             else:
-                layer.self_attn.config = config  # a copy would not see set_attn_implementation
+                if self.attention_class:
+                    setattr(layer, attention, self.attention_class(layer_config, index))
+                getattr(layer, attention).config = config  # a copy would not see set_attn_implementation
             if "mlp" in skipped:
-                layer.mlp = NoMLP()
+                if hasattr(layer, "mlp"):
+                    layer.mlp = NoMLP()
+                else:  # OPT, whose layers hold the matrices themselves
+                    layer.fc1, layer.fc2 = nn.Identity(), NoMLP()
                 names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-                without(layer, *(names if sandwiched(layer) else ["post_attention_layernorm"]))
+                without(layer, *(names if sandwiched(layer) else ["post_attention_layernorm", "final_layer_norm"]))
         self.post_init()
 
     @classmethod
@@ -195,6 +237,28 @@ class Gemma3TextPerLayerForCausalLM(PerLayer, Gemma3ForCausalLM):
     config_class = Gemma3TextPerLayerConfig
 
 
+@strict(accept_kwargs=True)
+class GPTNeoXPerLayerConfig(GPTNeoXConfig):
+    model_type = "compresso_gpt_neox"
+
+    def validate_architecture(self):
+        """Any number of heads fits any hidden size when head_dim is given."""
+
+
+class GPTNeoXPerLayerAttention(OwnHeadDim, GPTNeoXAttention):
+    output = "dense"
+
+
+class GPTNeoXPerLayerModel(PerLayer, GPTNeoXModel):
+    config_class = GPTNeoXPerLayerConfig
+    attention_class = GPTNeoXPerLayerAttention
+
+
+class GPTNeoXPerLayerForCausalLM(PerLayer, GPTNeoXForCausalLM):
+    config_class = GPTNeoXPerLayerConfig
+    attention_class = GPTNeoXPerLayerAttention
+
+
 class GranitePerLayerConfig(GraniteConfig):
     model_type = "compresso_granite"
 
@@ -219,6 +283,24 @@ class Olmo2PerLayerForCausalLM(PerLayer, Olmo2ForCausalLM):
     config_class = Olmo2PerLayerConfig
 
 
+class OPTPerLayerConfig(OPTConfig):
+    model_type = "compresso_opt"
+
+
+class OPTPerLayerAttention(OwnHeadDim, OPTAttention):
+    pass
+
+
+class OPTPerLayerModel(PerLayer, OPTModel):
+    config_class = OPTPerLayerConfig
+    attention_class = OPTPerLayerAttention
+
+
+class OPTPerLayerForCausalLM(PerLayer, OPTForCausalLM):
+    config_class = OPTPerLayerConfig
+    attention_class = OPTPerLayerAttention
+
+
 class SmolLM3PerLayerConfig(SmolLM3Config):
     model_type = "compresso_smollm3"
 
@@ -238,7 +320,9 @@ CLASSES = [
     (Qwen3PerLayerConfig, Qwen3PerLayerModel, Qwen3PerLayerForCausalLM),
     (Gemma2PerLayerConfig, Gemma2PerLayerModel, Gemma2PerLayerForCausalLM),
     (Gemma3TextPerLayerConfig, Gemma3TextPerLayerModel, Gemma3TextPerLayerForCausalLM),
+    (GPTNeoXPerLayerConfig, GPTNeoXPerLayerModel, GPTNeoXPerLayerForCausalLM),
     (GranitePerLayerConfig, GranitePerLayerModel, GranitePerLayerForCausalLM),
     (Olmo2PerLayerConfig, Olmo2PerLayerModel, Olmo2PerLayerForCausalLM),
+    (OPTPerLayerConfig, OPTPerLayerModel, OPTPerLayerForCausalLM),
     (SmolLM3PerLayerConfig, SmolLM3PerLayerModel, SmolLM3PerLayerForCausalLM),
 ]

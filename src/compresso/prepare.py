@@ -256,15 +256,20 @@ def _check_output(config: PruneConfig) -> None:
 
 
 def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
-    """The settings without units that this family cannot lack; raises ValueError if they were asked for."""
-    fixed = [unit for unit in config.units if unit in family_of(model_type).fixed]
+    """The settings without units that this family cannot lack, or its stock class where the shape is to be one that
+    it takes; raises ValueError if they were asked for."""
+    family = family_of(model_type)
+    whole = ("kv_group",) if family.derived_head_dim and config.widths.uniform else ()
+    fixed = [unit for unit in config.units if unit in (*family.fixed, *whole)]
     if not fixed:
         return config
     left = tuple(unit for unit in config.units if unit not in fixed)
     if config.units not in (UNITS[:2], UNITS[:3]):
+        reason = "and compute the same" if fixed[0] in family.fixed else f"and be a stock one (--shape {config.shape})"
         wanted = ",".join(left) or "intermediate"
-        raise ValueError(f"{model_type} cannot lack some of its {fixed[0]} and compute the same; use --units {wanted}")
-    console.print(f"{model_type}: {', '.join(left)} are removed; {', '.join(fixed)} cannot be, exactly", markup=False)
+        raise ValueError(f"{model_type} cannot lack some of its {fixed[0]} {reason}; use --units {wanted}")
+    why = f"exactly and in a stock class (--shape {config.shape})" if whole else "exactly"
+    console.print(f"{model_type}: {', '.join(left)} are removed; {', '.join(fixed)} cannot be, {why}", markup=False)
     return replace(config, units=left)
 
 

@@ -43,13 +43,15 @@ def refit(model: PreTrainedModel, plan: Plan, moments: dict[str, Moments], dampi
 def add_biases(model: PreTrainedModel, plan: Plan, means: dict[str, Tensor]) -> bool:
     """Give every output matrix the mean of what its removed columns gave as a bias (FLAP, arXiv 2312.11983, eq. 6).
 
-    False, and nothing done, for a family whose config has no such biases. Other matrices that the config gives a bias
-    with them get zeros.
+    False, and nothing done, for a model that has no such biases and whose config knows none. Other matrices that the
+    config gives a bias with them get zeros.
     """
-    if not (hasattr(model.config, "attention_bias") and hasattr(model.config, "mlp_bias")):
-        return False
-    model.config.attention_bias = model.config.mlp_bias = True
-    for path, kept in kept_columns(model, plan).items():
+    columns = kept_columns(model, plan)
+    if any(model.get_submodule(path).bias is None for path in columns):
+        if not (hasattr(model.config, "attention_bias") and hasattr(model.config, "mlp_bias")):
+            return False
+        model.config.attention_bias = model.config.mlp_bias = True
+    for path, kept in columns.items():
         block = model.get_submodule(path.rpartition(".")[0])
         for module in block.children():
             if isinstance(module, nn.Linear) and module.bias is None:

@@ -113,7 +113,7 @@ def _of_columns(
 def _matrices(model: PreTrainedModel) -> list[str]:
     """Names of the weights that units are made of."""
     family = family_of(model.config.model_type)
-    paths = (family.query, family.key, family.value, family.attention_output, *family.mlp_inputs, family.mlp_output)
+    paths = (*family.attention_inputs, family.attention_output, *family.mlp_inputs, family.mlp_output)
     layers = model.get_submodule(family.layers)
     return [f"{family.layers}.{i}.{p}.weight" for i, layer in enumerate(layers) for p in paths if has(layer, p)]
 
@@ -137,8 +137,7 @@ def _over_unit(model: PreTrainedModel, of_weight: Callable[[str, Tensor], Tensor
 
 def _members(family: Family, layer: LayerShape) -> list[tuple[str, tuple[str, ...], str, int]]:
     """Kinds of units of a layer: the matrices whose rows they own, the one whose columns, and how many there are."""
-    attention = (family.query, family.key, family.value)
     return [
-        ("kv_group", attention, family.attention_output, layer.num_key_value_heads),
+        ("kv_group", family.attention_inputs, family.attention_output, layer.num_key_value_heads),
         ("intermediate", family.mlp_inputs, family.mlp_output, layer.intermediate_size),
     ]

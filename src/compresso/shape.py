@@ -79,16 +79,19 @@ def describe(model: PreTrainedModel) -> ModelShape:
     """Read the shape of a causal language model off its matrices.
 
     Only `head_dim` cannot be seen in a matrix; it is the config's. Raises ValueError
-    for a model_type that is not in FAMILIES.
+    for a model_type that is not in FAMILIES, and as `check_config`.
     """
     family: Family = family_of(model.config.model_type)
+    check_config(model.config)
     head_dim = head_dim_of(model.config)
     layers = []
     for layer in model.get_submodule(family.layers):
         groups, queries, width = 0, 0, 0
         if has(layer, family.attention_output):
-            groups = _linear(layer, family.key).out_features // head_dim
-            queries = _linear(layer, family.query).out_features // head_dim // groups
+            heads = _linear(layer, family.attention_output).in_features // head_dim
+            rows = sum(_linear(layer, path).out_features for path in family.attention_inputs)
+            groups = (rows // head_dim - heads) // 2  # all have queries, and each group a key and a value
+            queries = heads // groups
         if has(layer, family.mlp_output):
             width = _linear(layer, family.mlp_output).in_features
         layers.append(LayerShape(groups, queries, head_dim, width))
@@ -96,9 +99,27 @@ def describe(model: PreTrainedModel) -> ModelShape:
     return ModelShape(hidden_size, len(family.mlp_inputs) + 1, tuple(layers))
 
 
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a model of a known family that differs from it where it matters."""
+    for name, wanted in family_of(config.model_type).needs:
+        found, wanted = getattr(config, name), getattr(config, wanted) if isinstance(wanted, str) else wanted
+        if found != wanted:
+            raise ValueError(
+                f"this {config.model_type} has {name} = {found!r}; only one with {wanted!r} can be pruned exactly"
+            )
+
+
 def head_dim_of(config: PreTrainedConfig) -> int:
     """The config's head_dim, or the usual quotient where it names none (as Qwen2's)."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rows_per_group(family: Family, layer: LayerShape) -> dict[str, int]:
+    """Matrices whose rows groups own, one group after the other, and how many of them each group has."""
+    queries = layer.head_dim * layer.queries_per_group
+    if family.query_key_value:
+        return {family.query_key_value: queries + 2 * layer.head_dim}
+    return {family.query: queries, family.key: layer.head_dim, family.value: layer.head_dim}
 
 
 def rows_of(units: Tensor, each: int) -> Tensor:
@@ -107,12 +128,11 @@ def rows_of(units: Tensor, each: int) -> Tensor:
 
 
 def has(layer: nn.Module, path: str) -> bool:
-    """Whether a sub-layer is there, or was removed by an earlier plan."""
+    """Whether a module with weights is there, or was removed by an earlier plan."""
     try:
-        layer.get_submodule(path)
+        return hasattr(layer.get_submodule(path), "weight")
     except AttributeError:
         return False
-    return True
 
 
 def prunable_parameters(shape: ModelShape, gates: dict[str, Tensor]) -> Tensor:
@@ -147,7 +167,7 @@ def sparsity(shape: ModelShape, gates: dict[str, Tensor]) -> Tensor:
 def count_prunable(model: PreTrainedModel) -> int:
     """Prunable parameters by counting the model's own matrices."""
     family = family_of(model.config.model_type)
-    paths = (family.query, family.key, family.value, family.attention_output, *family.mlp_inputs, family.mlp_output)
+    paths = (*family.attention_inputs, family.attention_output, *family.mlp_inputs, family.mlp_output)
     layers = model.get_submodule(family.layers)
     matrices = [_linear(layer, path) for layer in layers for path in paths if has(layer, path)]
     return sum(matrix.in_features * matrix.out_features for matrix in matrices)

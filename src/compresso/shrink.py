@@ -17,7 +17,7 @@ from compresso.adapters import ADAPTER
 from compresso.exact_adamw import ExactAdamW
 from compresso.families import family_of
 from compresso.masks import Gates, Masks
-from compresso.shape import ModelShape, rows_of, sparsity
+from compresso.shape import ModelShape, rows_of, rows_per_group, sparsity
 
 EVERY = 5  # steps of the hold phase between two cuts
 RARELY_OPEN = 0.5  # P(gate > 0) below which a unit may be cut; LOG.md, 2026-11-25
@@ -110,6 +110,7 @@ class Shrinking:
                 kept = self._kept[unit][layer]
                 if len(kept) == size:
                     continue
+                self._count(unit, layer, size)
                 for matrix, dim, each in self._matrices(unit, layer):
                     places = rows_of(kept, each)
                     for name in _along(matrix, dim):
@@ -122,6 +123,7 @@ class Shrinking:
 
     def _narrow(self, unit: str, layer: int, stays: Tensor, optimizer: ExactAdamW) -> None:
         """Keep these of the layer's present units."""
+        self._count(unit, layer, len(stays))
         for module, dim, each in self._matrices(unit, layer):
             places = rows_of(stays, each)
             matrix = getattr(module, "base_layer", module)
@@ -136,15 +138,21 @@ class Shrinking:
                 part.out_features, part.in_features = part.weight.shape
             module.out_features, module.in_features = matrix.weight.shape
 
+    def _count(self, unit: str, layer: int, units: int) -> None:
+        """Tell an attention that counts its heads how many there are."""
+        if unit == "kv_group" and self._family.num_heads:
+            path, _, name = self._family.num_heads.rpartition(".")
+            attention = self._layers[layer].get_submodule(path)
+            setattr(attention, name, units * self.shape.layers[layer].queries_per_group)
+
     def _matrices(self, unit: str, layer: int) -> list[tuple[Any, int, int]]:
         """Linear modules that hold a unit's numbers: along which dimension, and how many each unit has there."""
         family, shape = self._family, self.shape.layers[layer]
         if unit == "intermediate":
             found = [(path, 0, 1) for path in family.mlp_inputs] + [(family.mlp_output, 1, 1)]
         else:
-            queries = shape.queries_per_group * shape.head_dim
-            keys = [(path, 0, shape.head_dim) for path in (family.key, family.value)]
-            found = [(family.query, 0, queries), *keys, (family.attention_output, 1, queries)]
+            found = [(path, 0, each) for path, each in rows_per_group(family, shape).items()]
+            found.append((family.attention_output, 1, shape.columns(unit)))
         return [(self._layers[layer].get_submodule(path), dim, each) for path, dim, each in found]
 
 

@@ -19,7 +19,7 @@ from compresso import checkpoint
 from compresso import plan as plans
 from compresso.adapters import Adapter
 from compresso.extract import check_fit, cut_weights, smaller_config
-from compresso.families import family_of
+from compresso.families import family_of, name_in_files
 from compresso.plan import Plan
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.shape import count_prunable, describe
@@ -37,8 +37,10 @@ class StoredWeights(Mapping[str, Tensor]):
     Raises ValueError for a file that is damaged, and where an index names one that is missing.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stored_names: tuple[tuple[str, str], ...] = ()):
+        """`stored_names`: those of a family (`Family.stored_names`), whose tensors go by the model's names here."""
         self._file: dict[str, Path] = {}
+        self._stored: dict[str, str] = {}
         try:
             if (folder / INDEX).is_file():
                 names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -50,17 +52,21 @@ class StoredWeights(Mapping[str, Tensor]):
                     self._file |= dict.fromkeys(stored.keys(), file)
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the weights in {folder} cannot be read: {checkpoint.first_line(error)}") from error
+        for own, other in stored_names:
+            for name in [name for name in self._file if name.startswith(other)]:
+                renamed = own + name.removeprefix(other)
+                self._file[renamed], self._stored[renamed] = self._file.pop(name), name
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], "pt") as stored:  # opened anew, so that no page of it stays mapped
-            return stored.get_tensor(name)
+            return stored.get_tensor(self._stored.get(name, name))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor; the others of a checkpoint have it too."""
-        name = next(iter(self._file))
+        """Of the first weight; the others of a checkpoint have it too."""
+        name = next(name for name in self._file if name.endswith(".weight"))
         with safe_open(self._file[name], "pt") as stored:
-            return stored.get_slice(name)[:0].dtype
+            return stored.get_slice(self._stored.get(name, name))[:0].dtype
 
     def __contains__(self, name: object) -> bool:
         return name in self._file
@@ -169,7 +175,7 @@ def write_cut(
 
 def read_weights(place: Path, model: PreTrainedModel) -> StoredWeights:
     """The weights in a folder. Raises ValueError if some of `model`'s are missing."""
-    found = StoredWeights(place)
+    found = StoredWeights(place, family_of(model.config.model_type).stored_names)
     if missing := [name for name in stored_names(model) if name not in found]:
         raise ValueError(f"the weights in {place} lack {missing[0]} and {len(missing) - 1} more")
     return found
@@ -204,6 +210,7 @@ def write_shards(
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     dtype, shards = model.config.dtype, _shards(model)
+    stored = {name: name_in_files(model.config.model_type, name) for name in shapes}
     places: dict[str, tuple[int, int]] = {}
     for number, shard in enumerate(shards, 1):
         places |= {name: (number, begin) for name, begin in shard.items()}
@@ -213,7 +220,7 @@ def write_shards(
     try:
         for number, shard in enumerate(shards, 1):
             files[number] = (folder / names[number]).open("wb")
-            files[number].write(_header(shard, shapes, dtype))
+            files[number].write(_header(shard, shapes, dtype, stored))
         starts = {number: file.tell() for number, file in files.items()}
         for name, tensor in weights:
             if name not in places:  # a head that is tied
@@ -232,7 +239,8 @@ def write_shards(
         raise RuntimeError(f"the cut weights lack {sorted(missing)}")
     if len(shards) > 1:
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-        index = {"metadata": {"total_size": size}, "weight_map": {name: names[n] for name, (n, _) in places.items()}}
+        weight_map = {stored[name]: names[number] for name, (number, _) in places.items()}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -254,12 +262,14 @@ def _file_name(number: int, of: int) -> str:
     return "model.safetensors" if of == 1 else f"model-{number:05}-of-{of:05}.safetensors"
 
 
-def _header(shard: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def _header(
+    shard: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, stored: dict[str, str]
+) -> bytes:
     """The beginning of a safetensors file: its length, then JSON, padded with spaces to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, begin in shard.items():
         size = torch.Size(shapes[name]).numel() * dtype.itemsize
-        entries[name] = {"dtype": DTYPES[dtype], "shape": shapes[name], "data_offsets": [begin, begin + size]}
+        entries[stored[name]] = {"dtype": DTYPES[dtype], "shape": shapes[name], "data_offsets": [begin, begin + size]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from compresso.adapters import learning
 from compresso.batches import Batch
 from compresso.cpu_attention import products
 from compresso.families import family_of
@@ -199,7 +200,7 @@ def fit(
     or gradient that is not finite, or a loss that exploded, is applied, Disconnected if another process has gone.
     """
     model, pruning = training.model, training.pruning
-    model.train()
+    learning(model)
     for step in range(training.step, steps):
         began = time.perf_counter()
         phase = pruning.lagrangian.schedule.phase(step) if pruning else "recover"
