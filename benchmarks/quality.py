@@ -11,23 +11,25 @@ token in a forward pass, twice that in a backward pass; the passes that calibrat
 `compresso prune` does. Rivals get the better of both allocations. A tenth of the records (128 at most) is held out for
 the instruction loss.
 
-It resumes: run folders lie in --work, and what is in benchmarks/results/quality.json is not measured again.
+It resumes: run folders lie in --work and go on where they were stopped, and what is in benchmarks/results/quality.json
+is not measured again.
 """
 
 import argparse
 import itertools
 import json
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import compresso
-from compresso import checkpoint, whole_files
+from compresso import checkpoint, progress, whole_files
 from compresso.batches import Encoder, batches
 from compresso.chat import prompt_for
-from compresso.config import PruneConfig
+from compresso.config import PruneConfig, read_yaml
 from compresso.methods import METHODS
 from compresso.paired import difference, together
 from compresso.perplexity import mean_loss, perplexity, text_windows, window_nats
@@ -129,13 +131,13 @@ class Lab:
             found[f"{name}_ppl"] = perplexity(window_nats(model, windows))
         return found
 
-    def measure_folder(self, folder: Path, seconds: float) -> dict[str, Any]:
+    def measure_folder(self, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         model, tokenizer = compresso.load(folder)
         metrics = folder.parent / "metrics.jsonl"
         rows = metrics.read_text().splitlines() if metrics.exists() else []
         tokens = sum(json.loads(row)["tokens"] for row in rows)
         figures = self.measure(model, prompt_for(model, tokenizer, None))
-        return {"tokens": tokens, **figures, "seconds": seconds}
+        return {"tokens": tokens, **figures, "seconds": summary["seconds"] + summary.get("recovery_seconds", 0.0)}
 
     def tokens_a_step(self, prompt: str) -> float:
         """Tokens through the model in a step, what all records begin with counted once: a mean over 100 batches."""
@@ -192,21 +194,31 @@ class Lab:
         defaults = PruneConfig()
         prompt, distill = config.get("prompt", defaults.prompt), config.get("distill", defaults.distill)
         tokens = self.tokens_a_step(prompt)
-        began = time.perf_counter()
         teacher = 2 * self.parameters * tokens if distill else 0
         if cell.method == "l0":
             a_step = 6 * self.parameters * tokens + teacher
             config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))
         print(f"{cell.key}: {BUDGETS.get(cell.budget, 0):.1e} operations", flush=True)
-        summary = compresso.prune(**config, method=cell.method, recover_steps=0)
-        if cell.recovery != "none":
+        config |= {"method": cell.method, "recover_steps": 0}
+        doing = _doing(folder, config)
+        summary = compresso.resume(str(folder)) if doing else compresso.prune(**config)
+        if cell.recovery != "none" and doing != "recover":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
             steps = max(1, int(left / (6 * summary["parameters"]["after"] * tokens + teacher)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
-        figures = self.measure_folder(folder / "model", time.perf_counter() - began)
+        figures = self.measure_folder(folder / "model", summary)
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
         release_memory()
+
+
+def _doing(folder: Path, config: dict[str, Any]) -> str | None:
+    """The command that a run of these settings is in the middle of, or has done last; None if there is no such run."""
+    wanted = yaml.safe_load(PruneConfig(**config).to_yaml())
+    try:
+        return progress.read(folder).doing if read_yaml(folder / "config.yaml") == wanted else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def main() -> None:

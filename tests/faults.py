@@ -34,7 +34,7 @@ from compresso.stopping import NO_ROOM
 from tiny import QUICK, tiny_model, tiny_tokenizer, write_records
 
 CALLS = 250  # of writing, syncing and renaming in a run of these kinds, about
-TIMES = {"seconds", "peak_memory_bytes", "cost", "checkpoints"}
+TIMES = {"seconds", "recovery_seconds", "peak_memory_bytes", "cost", "checkpoints"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all weights": {"tune": "full", "also": (0.1,), "steps": 10, "hold": 0.5},
     "adapters": {"tune": "lora", "lora_dropout": 0.1, "distill": 0.3, "kept_gates": "soft"},

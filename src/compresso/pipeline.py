@@ -408,8 +408,8 @@ def _finish(bench: Workbench, summary: dict[str, Any]) -> dict[str, Any]:
     summary["peak_memory_bytes"] = _peak_memory(bench.accelerator.device)
     summary["checkpoints"] = bench.facts.get("checkpoints", {"written": 0, "seconds": 0.0})
     summary["setbacks"] = bench.progress.setbacks
-    if bench.progress.doing == "prune":
-        summary["seconds"] = time.perf_counter() - bench.began
+    which = "seconds" if bench.progress.doing == "prune" else "recovery_seconds"
+    summary[which] = time.perf_counter() - bench.began
     _write(bench, summary)
     bench.accelerator.end_training()
     show(summary, bench.folder, console)
