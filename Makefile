@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint browser demo clean
+.PHONY: setup test lint browser fuzz demo clean
 
 setup: $(VENV)/installed
 
@@ -27,6 +27,10 @@ browser:
 
 test: lint browser
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# damaged and hostile files: `make fuzz N=100000`
+fuzz: setup
+	$(BIN)/python tests/fuzz.py $(or $(N),10000) --seed $(or $(SEED),0)
 
 demo: setup
 	$(BIN)/compresso prune --config configs/demo.yaml --overwrite

@@ -262,9 +262,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     folder = Path(model) if Path(model).is_dir() else _snapshot(model)
     untrusted.check_texts(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.decode(tokenizer("A try.")["input_ids"])
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
+    return tokenizer
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -246,7 +246,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Any]]:
         reader = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
         yield from enumerate(reader(str(path), keep_in_memory=True), 1)
     except Exception as error:  # pandas, pyarrow and datasets each raise their own
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def hub_rows(name: str, streaming: bool = False, seed: int | None = None) -> Iterator[tuple[int, Any]]:

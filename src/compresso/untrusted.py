@@ -21,6 +21,8 @@ LARGEST_FILES = {
     **dict.fromkeys(("generation_config.json", "adapter_config.json", "*.jinja"), MB),
 }
 """Bytes of what a parser reads as a whole. The largest known have half of it."""
+MOST_GROWTH = 64  # characters that a tokenizer may make of one
+LONGEST_POST_PROCESSOR = 100_000  # characters of its description
 LARGEST_HEADER = 16 * MB  # of a safetensors file; a hundred thousand tensors
 DEEPEST = 50  # levels of a config.json
 SIZES = {
@@ -82,6 +84,8 @@ def check_texts(folder: Path) -> None:
     for pattern in LARGEST_FILES:
         for file in [*folder.glob(pattern), *folder.glob(f"additional_chat_templates/{pattern}")]:
             check_file(file, folder)
+    if (folder / "tokenizer.json").is_file():
+        check_tokenizer(folder / "tokenizer.json")
 
 
 def check_file(file: Path, folder: Path) -> None:
@@ -102,6 +106,30 @@ def check_file(file: Path, folder: Path) -> None:
             f"{file} has {about.st_size / MB:,.0f} MB, expected at most {largest // MB}; it is damaged, or meant to do "
             "harm"
         )
+
+
+def check_tokenizer(file: Path) -> None:
+    """Raise ValueError for a tokenizer.json that makes a long text of a short one."""
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged: it holds {type(settings).__name__}, expected an object")
+    added = len(json.dumps(settings.get("post_processor")))
+    growth = max(_growth(settings.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
+    if growth > MOST_GROWTH or added > LONGEST_POST_PROCESSOR:
+        raise ValueError(
+            f"{file} makes each character up to {growth:,}, or adds {added:,} to a text; expected at most {MOST_GROWTH} "
+            f"and {LONGEST_POST_PROCESSOR:,}: it is damaged, or meant to do harm"
+        )
+
+
+def _growth(part: Any) -> int:
+    """How many characters a step of a tokenizer, or several one after the other, may put in the place of one."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    own = max(len(str(part.get("content", ""))), len(str(part.get("prepend", ""))) + 1)
+    return own * math.prod(_growth(part.get(inner)) for inner in ("normalizers", "pretokenizers", "decoders"))
 
 
 def check_index(folder: Path) -> None:
