@@ -319,7 +319,7 @@ class _Plain(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}), which settings have no use for; write it out")
+            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}), expected each value written out")
         return super().compose_node(parent, index)
 
 

@@ -249,7 +249,7 @@ def load(folder: Path) -> Plan:
             raise ValueError(f"format {text['format']}, this version reads {FORMAT}")
         layers = tuple(LayerShape(**layer) for layer in text["shape"]["layers"])
         shape = ModelShape(text["shape"]["hidden_size"], text["shape"]["mlp_matrices"], layers)
-        numbers = [shape.hidden_size, shape.mlp_matrices, *(n for layer in layers for n in asdict(layer).values())]
+        numbers = [shape.hidden_size, shape.mlp_matrices, *(n for layer in layers for n in vars(layer).values())]
         if not layers or not all(type(n) is int and 0 <= n <= LARGEST for n in numbers):
             raise ValueError(f"a shape whose sizes are no whole numbers up to {LARGEST:,}")
         sizes = {unit: (sum(shape.sizes(unit)),) for unit in UNITS}

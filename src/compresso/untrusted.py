@@ -28,9 +28,12 @@ DEEPEST = 50  # levels of a config.json
 SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_hidden_size"), 2**20),
     **dict.fromkeys(("n_embd", "d_model", "n_inner", "d_ff"), 2**20),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "original_max_position_embeddings"), 2**31),
+    **dict.fromkeys(
+        ("vocab_size", "max_position_embeddings", "original_max_position_embeddings", "prefill_chunk_size"), 2**31
+    ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2**11),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads"), 2**14),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 64),
     **dict.fromkeys(("head_dim", "num_labels", "num_experts", "num_local_experts", "n_routed_experts"), 2**14),
 }
 """Whole numbers from 1 to this; the largest known models stay far below."""
@@ -84,6 +87,8 @@ def check_texts(folder: Path) -> None:
     for pattern in LARGEST_FILES:
         for file in [*folder.glob(pattern), *folder.glob(f"additional_chat_templates/{pattern}")]:
             check_file(file, folder)
+    if (folder / "generation_config.json").is_file():
+        check_config(read_json(folder / "generation_config.json"), folder / "generation_config.json")
     if (folder / "tokenizer.json").is_file():
         check_tokenizer(folder / "tokenizer.json")
 
@@ -117,8 +122,8 @@ def check_tokenizer(file: Path) -> None:
     growth = max(_growth(settings.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
     if growth > MOST_GROWTH or added > LONGEST_POST_PROCESSOR:
         raise ValueError(
-            f"{file} makes each character up to {growth:,}, or adds {added:,} to a text; expected at most {MOST_GROWTH} "
-            f"and {LONGEST_POST_PROCESSOR:,}: it is damaged, or meant to do harm"
+            f"{file} makes each character up to {growth:,}, or adds {added:,} to a text, expected at most "
+            f"{MOST_GROWTH} and {LONGEST_POST_PROCESSOR:,}; it is damaged, or meant to do harm"
         )
 
 
@@ -195,7 +200,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
     """Where a tensor begins and ends. Raises ValueError unless its shape and numbers take just that room."""
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape", ()), fields.get("data_offsets", ())
+    dtype, shape, offsets = str(fields.get("dtype")), fields.get("shape", ()), fields.get("data_offsets", ())
     if dtype not in BITS or not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise ValueError(f"{name[:80]!r} is {str(entry)[:80]}, expected a dtype, a shape and two offsets")
     needed = -(-math.prod(shape) * BITS[dtype] // 8)
