@@ -26,6 +26,7 @@ from compresso.methods import METHODS
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import load_parts, prepare, read_records, versions
+from compresso.schemas import SUMMARY, parse
 from compresso.shape import count_prunable, prunable_parameters
 from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.summary import show
@@ -80,7 +81,9 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     config = replace(of_run, **settings)
     if not config.recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do")
-    summary = json.loads((folder / "summary.json").read_text())
+    text = (folder / "summary.json").read_bytes()
+    parse(text, SUMMARY, str(folder / "summary.json"))
+    summary = json.loads(text)
     plan = plans.load(folder)
     bench = prepare(of_run, start=folder / ("model" if further else "cut"))  # its held-out records stay held out
     bench.config = config

@@ -1,0 +1,52 @@
+"""A slice of tests/fuzz.py in every run of the tests; `make fuzz` does more."""
+
+from pathlib import Path
+
+import datasets
+
+import fuzz
+
+
+def test_what_is_not_changed_is_taken(tmp_path, monkeypatch):
+    """Else the fuzzer would see refusals of something else."""
+    monkeypatch.setattr(fuzz.charts, "picture", lambda draw: fuzz.charts.Picture("", "", b"", 1, 1))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    kinds = fuzz.Kinds(tmp_path / "base")
+    assert set(kinds.seeds) == set(fuzz.SHARES)
+    for kind, files in kinds.seeds.items():
+        name, content = next(iter(files.items()))
+        where = tmp_path / kind
+        where.mkdir()
+        kinds.read("run" if kind == "pictures" else kind, name, content, where)
+
+
+def test_damaged_files_are_taken_or_refused_and_nothing_else(tmp_path):
+    result = fuzz.fuzz(300, 0, tmp_path / "kept", tmp_path / "base", leave_out=("pictures",))
+    assert not result.failed
+    assert sum(result.taken.values()) > 50
+    assert sum(result.refused.values()) > 100
+
+
+def test_what_fails_is_found_kept_and_repeated(tmp_path, monkeypatch):
+    """Tracebacks, hangs, crashes and memory: the fuzzer tells them, and goes on after each."""
+    kinds_read = fuzz.Kinds.read
+
+    def broken(self, kind, name, data, where):
+        number = self.numbers = getattr(self, "numbers", 0) + 1
+        if kind == "yaml":
+            {1: lambda: {}["x"], 2: lambda: Path("/proc/self").exists() and fuzz.os.abort()}.get(number, lambda: None)()
+            fuzz.time.sleep(60)
+        kinds_read(self, kind, name, data, where)
+
+    monkeypatch.setattr(fuzz.Kinds, "read", broken)
+    monkeypatch.setattr(fuzz, "SHARES", {"yaml": 80, "jsonl": 20})
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    result = fuzz.fuzz(5, 3, tmp_path / "kept", tmp_path / "base")
+    told = list(result.failed.values())
+    assert len(told) == 4
+    assert "KeyError" in told[0]
+    assert "crashed" in told[1] or "took more than 1 s" in told[1]
+    assert result.taken["jsonl"] == 1
+    name = next(iter(result.failed)).replace(":", "-")
+    assert (tmp_path / "kept" / name / "c.yaml").is_file()
+    assert "KeyError" in (tmp_path / "kept" / name / "what.txt").read_text()
