@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def edited(rng: random.Random, value: Any) -> Any:
             case 1:
                 return {**value, str(rng.choice(VALUES)): rng.choice(VALUES)}
             case 2:
-                return {**value, key: nested(value[key], rng.choice((1, 60, 900)))}
+                return {**value, key: nested(value[key], rng.choice((1, 60, 150)))}
             case _:
                 return {**value, key: edited(rng, value[key])}
     if isinstance(value, list) and value and rng.random() < 0.8:
@@ -344,6 +344,20 @@ def child(kinds: Kinds, inputs: list[tuple[str, int]], seed: int, out: int) -> N
     os._exit(0)
 
 
+def answers(reading: int) -> Iterator[str | None]:
+    """What a child tells of one input after the other; None at the end, be it a sudden one, or a long silence."""
+    found = b""
+    while True:
+        while b"\n" in found:
+            line, _, found = found.partition(b"\n")
+            yield json.loads(line)
+        more = os.read(reading, 2**16) if select.select([reading], [], [], SECONDS)[0] else b""
+        if not more:
+            yield None
+            return
+        found += more
+
+
 def fuzz(count: int, seed: int, keep: Path, base: Path, leave_out: tuple[str, ...] = ()) -> Result:
     """Try `count` inputs in processes of their own; those that fail are kept."""
     datasets.config.HF_DATASETS_CACHE = base / "cache"
@@ -358,22 +372,20 @@ def fuzz(count: int, seed: int, keep: Path, base: Path, leave_out: tuple[str, ..
             finally:
                 os._exit(1)
         os.close(writing)
-        with os.fdopen(reading, "rb") as lines:
-            while done < len(inputs):
-                ready = select.select([lines], [], [], SECONDS)[0] if not lines.peek(1) else [lines]
-                line = lines.readline() if ready else b""
-                if ready and not line and os.waitpid(pid, os.WNOHANG)[1] == 0:
+        ended = None
+        for told in answers(reading):
+            if told is None:  # it is at work for too long, or gone
+                if select.select([reading], [], [], 0)[0]:
+                    ended = os.waitpid(pid, 0)[1]
+                if ended == 0:
                     break
-                told = json.loads(line) if line else "crashed" if ready else f"took more than {SECONDS} s"
-                enter(kinds, result, *inputs[done], told, seed, keep)
-                done += 1
-                if not line:
-                    break
-        try:
+                told = f"took more than {SECONDS} s" if ended is None else f"crashed with status {ended}"
+            enter(kinds, result, *inputs[done], told, seed, keep)
+            done += 1
+        os.close(reading)
+        if ended is None:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
     return result
 
 

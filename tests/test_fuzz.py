@@ -1,7 +1,5 @@
 """A slice of tests/fuzz.py in every run of the tests; `make fuzz` does more."""
 
-from pathlib import Path
-
 import datasets
 
 import fuzz
@@ -32,20 +30,31 @@ def test_what_fails_is_found_kept_and_repeated(tmp_path, monkeypatch):
     kinds_read = fuzz.Kinds.read
 
     def broken(self, kind, name, data, where):
-        number = self.numbers = getattr(self, "numbers", 0) + 1
         if kind == "yaml":
-            {1: lambda: {}["x"], 2: lambda: Path("/proc/self").exists() and fuzz.os.abort()}.get(number, lambda: None)()
-            fuzz.time.sleep(60)
+            with (tmp_path / "calls").open("a") as calls:
+                calls.write("x")
+            match (tmp_path / "calls").stat().st_size:
+                case 1:
+                    raise KeyError("x")
+                case 2:
+                    fuzz.os.abort()
+                case 3:
+                    fuzz.time.sleep(60)
+                case 4:
+                    self.large = bytearray(2**30 + 2**28)
         kinds_read(self, kind, name, data, where)
 
     monkeypatch.setattr(fuzz.Kinds, "read", broken)
     monkeypatch.setattr(fuzz, "SHARES", {"yaml": 80, "jsonl": 20})
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "SECONDS", 4)
     result = fuzz.fuzz(5, 3, tmp_path / "kept", tmp_path / "base")
     told = list(result.failed.values())
-    assert len(told) == 4
-    assert "KeyError" in told[0]
-    assert "crashed" in told[1] or "took more than 1 s" in told[1]
+    assert [words.strip().splitlines()[-1] for words in told] == [
+        "KeyError: 'x'",
+        "crashed with status 6",
+        "took more than 4 s",
+        "took 1.3 GB",
+    ]
     assert result.taken["jsonl"] == 1
     name = next(iter(result.failed)).replace(":", "-")
     assert (tmp_path / "kept" / name / "c.yaml").is_file()
