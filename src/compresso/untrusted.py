@@ -36,14 +36,13 @@ SIZES = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 64),
     **dict.fromkeys(("head_dim", "num_labels", "num_experts", "num_local_experts", "n_routed_experts"), 2**14),
 }
-"""Whole numbers from 1 to this; the largest known models stay far below."""
+"""Whole numbers from 1 (of experts from 0) to this; the largest known models stay far below."""
 AMOUNTS = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), (0.0, 1.0)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1e-3, 1e15)),
     **dict.fromkeys(("attention_dropout", "initializer_range"), (0.0, 1e3)),
 }
 """Finite numbers from and to."""
-OUR_DTYPES = ("float32", "float16", "bfloat16", "float64")
 PACKED = 16  # numbers that one stored number of a quantised checkpoint may stand for
 ROOM = 2  # times what the files hold: beyond it a config is refused before anything is allocated
 BITS = {
@@ -219,7 +218,7 @@ def check_config(settings: Any, where: str | Path) -> None:
         raise ValueError(f"{where} is damaged: it holds {type(settings).__name__}, expected an object")
     for key, value in _walk(settings, where, 0):
         numbers = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
-        least = 0 if isinstance(value, list) else 1  # of layers, some may lack a part
+        least = 0 if isinstance(value, list) or "expert" in key else 1  # of layers, some may lack a part
         if key in SIZES and not all(type(one) is int and least <= one <= SIZES[key] for one in numbers):
             expected = f"a whole number from 1 to {SIZES[key]:,}; the file is damaged, or of no model"
         elif key in AMOUNTS and not all(_lies(one, *AMOUNTS[key]) for one in numbers):
