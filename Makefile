@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-faults lint browser demo clean
+.PHONY: setup test test-faults fuzz lint browser demo clean
 
 setup: $(VENV)/installed
 
@@ -31,6 +31,10 @@ test: lint browser
 # make test-faults KILLS=1000 FAULTS=500 for a night
 test-faults: setup
 	KILLS=$(or $(KILLS),50) FAULTS=$(or $(FAULTS),25) SEED=$(or $(SEED),0) PYTHONPATH=tests $(BIN)/python tests/faults.py
+
+# damaged and hostile files: `make fuzz N=100000`
+fuzz: setup
+	$(BIN)/python tests/fuzz.py $(or $(N),10000) --seed $(or $(SEED),0)
 
 demo: setup
 	$(BIN)/compresso prune --config configs/demo.yaml --overwrite

@@ -9,8 +9,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from compresso import checkpoint
 from compresso.families import FAMILIES
-from conftest import CHAT_TEMPLATE
-from tiny import tiny_model
+from tiny import CHAT_TEMPLATE, tiny_model
 
 TEXT = "the quick brown fox sleeps under an old tree; 12 lazy dogs, too"
 ROPE = {"rope_type": "default", "rope_theta": 500.0}

@@ -95,7 +95,7 @@ def test_what_cannot_be_extracted_is_said_and_nothing_is_left(checkpoint, tokeni
     file.write_bytes(file.read_bytes()[:-1000])
     run = saved(random_plan(model), tmp_path / "run")
     assert main(["extract", str(tmp_path / "torn"), str(run), "--output", str(tmp_path / "new")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "cannot be loaded" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

@@ -5,11 +5,11 @@ import re
 from dataclasses import dataclass
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from compresso import bounded
 from compresso.prompts import CollaborativePrompt
 from compresso.records import Record
 
@@ -114,11 +114,8 @@ class Encoder:
         if prompt.format == "alpaca" or not self.tokenizer.chat_template:
             return prompt.instruction(record.instruction, record.input), record.response + eos
         turns = list(record.messages)
-        try:
-            whole = self.render(turns, prompt, generate=False)
-            opened = self.render(turns[:-1], prompt, generate=True)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        whole = self.render(turns, prompt, generate=False)
+        opened = self.render(turns[:-1], prompt, generate=True)
         # up to where both agree: some templates open a turn in another way than they render it
         agreed = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(opened, whole, strict=False))
         before = "".join(a for a, _ in agreed)
@@ -132,26 +129,24 @@ class Encoder:
     def render(self, turns: list[dict[str, str]], prompt: CollaborativePrompt, generate: bool) -> str:
         """A conversation as the tokenizer's chat template writes it, the prompt as its system turn.
 
-        A template that knows no system turn gets the prompt in front of the first turn.
+        A template that knows no system turn gets the prompt in front of the first turn. Raises ValueError if it cannot
+        render the conversation, bounded.TooMuch if it does not come to an end.
         """
         system = prompt.system
         own = [turn["content"] for turn in turns if turn["role"] == "system"]
         turns = [turn for turn in turns if turn["role"] != "system"]
         if own:
             system = "\n\n".join(filter(None, [system, *own]))
-        apply = self.tokenizer.apply_chat_template
         if system is None:
-            return apply(turns, tokenize=False, add_generation_prompt=generate)
+            return bounded.render(self.tokenizer, turns, generate)
         try:
-            text = apply(
-                [{"role": "system", "content": system}, *turns], tokenize=False, add_generation_prompt=generate
-            )
+            text = bounded.render(self.tokenizer, [{"role": "system", "content": system}, *turns], generate)
             if system in text:
                 return text
-        except (TemplateError, ValueError):
+        except ValueError:
             pass
         first = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
-        return apply([first, *turns[1:]], tokenize=False, add_generation_prompt=generate)
+        return bounded.render(self.tokenizer, [first, *turns[1:]], generate)
 
     def question(self, message: str, prompt: CollaborativePrompt) -> list[int]:
         """Tokens that ask one question and leave the answer to the model."""

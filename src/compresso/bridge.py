@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso import bounded
 from compresso.batches import SHARED_PREFIX_FROM
 from compresso.prefix import for_rows, is_shareable, positions_after, run_prefix, with_cache
 
@@ -75,7 +76,8 @@ class PromptedLM(HFLM):
         return self.window - len(self.prefix)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        with bounded.limits():
+            text = super().apply_chat_template(chat_history, add_generation_prompt)
         if not text.startswith(self._system_turn):
             raise ValueError("the chat template does not begin with the system turn; evaluate without --chat-template")
         return text.removeprefix(self._system_turn)

@@ -65,6 +65,7 @@ def answer(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=room,
         do_sample=False,
+        return_dict_in_generate=False,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )

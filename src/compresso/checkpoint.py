@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,8 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
-from compresso import demo, nemotron_nas, per_layer, whole_files
+from compresso import demo, gguf_header, nemotron_nas, per_layer, untrusted, whole_files
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import check_config, describe
@@ -32,8 +33,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 REMOTE_CODE = {per_layer: "modeling_compresso.py", nemotron_nas: "modeling_decilm.py"}
 """What files of classes are called in a checkpoint that they travel with."""
 SHARD_SIZE = "5GB"
-BAD_CONFIG = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
-BAD_WEIGHTS = (*BAD_CONFIG, AssertionError, RuntimeError, SafetensorError)
+LONGEST_PROMPT = 100_000  # characters
 
 
 def of_run(model: str) -> str:
@@ -62,15 +62,60 @@ def find(model: str, any_family: bool = False) -> str:
     elif model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no checkpoint folder {path}; expected a folder with config.json and *.safetensors")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except BAD_CONFIG as error:
+        config, parameters = read_config(model)
+    except (OSError, HFValidationError) as error:
         raise _unreadable(model, path.is_dir(), error) from error
     if not any_family:
         _check_family(config.model_type)
         if config.model_type not in UNFUSED:
             check_config(config)
         _refuse_quantised(model, config)
+    if path.is_dir():
+        _check_weights(path, config, parameters)
     return model
+
+
+def read_config(model: str | Path) -> tuple[PreTrainedConfig, int]:
+    """The config of a folder or hub id, and how many parameters its model has, found without numbers.
+
+    Raises ValueError if it describes no model, OSError if there is none.
+    """
+    file = Path(cached_file(str(model), "config.json"))
+    untrusted.check_file(file, file.parent)
+    untrusted.check_config(untrusted.read_json(file), file)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return config, _count(config)
+    except Exception as error:  # whatever a model's class raises for values that it did not expect
+        raise ValueError(f"{model}/config.json cannot be read: {first_line(error)}") from error
+
+
+def _count(config: PreTrainedConfig) -> int:
+    """Parameters of a model, found without numbers."""
+    with torch.device("meta"), no_init_weights():
+        shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in shapes.parameters())
+
+
+def _check_weights(folder: Path, config: PreTrainedConfig, parameters: int) -> None:
+    """Raise ValueError for files that cannot be loaded, or that hold far less than the config asks for."""
+    held = untrusted.check_folder(folder)
+    untrusted.check_count(parameters, held, getattr(config, "quantization_config", None) is not None, folder)
+
+
+def fetched(model: str) -> Path:
+    """The folder of a checkpoint that `find` has found, from the hub if need be, checked before it is loaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    folder = _snapshot(model, "*.safetensors")
+    _check_weights(folder, *read_config(folder))
+    return folder
+
+
+def _snapshot(model: str, *more: str) -> Path:
+    """The folder of a hub id, with what a tokenizer needs and files of these names; what lies deeper stays there."""
+    wanted = ["*.json", "*.model", "*.jinja", "*.txt", *more]
+    return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
 
 
 def _check_family(model_type: str) -> None:
@@ -90,16 +135,17 @@ def load(
     model = find(str(model), any_family)
     if model.endswith(".gguf"):
         return _load_gguf(Path(model), dtype, any_family)
+    folder = str(fetched(model))
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except BAD_WEIGHTS as error:
+    except Exception as error:  # what a class raises for tensors that it did not expect
         raise ValueError(f"the weights of {model} cannot be loaded: {first_line(error)}") from error
     _refuse_incomplete(model, info)
     if not any_family and loaded.config.model_type in UNFUSED:
         loaded = UNFUSED[loaded.config.model_type](loaded)
-    return loaded.eval(), load_tokenizer(model)
+    return loaded.eval(), load_tokenizer(folder)
 
 
 def _unreadable(model: str, local: bool, error: Exception) -> Exception:
@@ -124,13 +170,12 @@ def _check_folder(folder: Path, any_family: bool) -> None:
         if (folder / "model" / "config.json").is_file():
             hint = f"; it is a run folder, pass {folder / 'model'}"
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint{hint}")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged or names no model_type: {first_line(error)}") from error
+    untrusted.check_file(folder / "config.json", folder)
+    config = untrusted.read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{folder / 'config.json'} is damaged or names no model_type; download it again")
     if not any_family:
-        _check_family(str(model_type))
+        _check_family(config["model_type"][:80])
     if not any(folder.glob("*.safetensors")):
         pickles = [file.name for pattern in PICKLED for file in folder.glob(pattern)]
         if pickles:
@@ -158,33 +203,38 @@ def _refuse_incomplete(model: str, info: dict) -> None:
         raise ValueError(f"{model} lacks weights that its config asks for, the first is {lacking[0]}")
 
 
+def read_gguf_config(path: Path) -> PreTrainedConfig:
+    """The config of a GGUF file, whose header is looked at first. Raises ValueError if it is none."""
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError:
+        raise ValueError("reading .gguf needs the package gguf: pip install 'compresso-llm[gguf]'") from None
+    names, held = gguf_header.check(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        parameters = _count(config)
+    except Exception as error:  # the parser meets a torn file with whatever numpy or struct raise
+        raise ValueError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
+    untrusted.check_count(parameters, held, False, path)
+    scaled = [name for name in names if ".rope.scaling." in name or name == "rope_freqs.weight"]
+    if scaled:
+        raise ValueError(
+            f"{path} scales its rotary positions ({scaled[0]}), which transformers drops when it reads GGUF; use the "
+            "safetensors checkpoint of this model"
+        )
+    return config
+
+
 def _load_gguf(
     path: Path, dtype: torch.dtype | None, any_family: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file into a stock model, stored as bfloat16 unless `dtype` says otherwise."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ValueError("reading .gguf needs the package gguf: pip install 'compresso-llm[gguf]'") from None
     from transformers import GgufConfig
 
     where, name = str(path.parent), path.name
-    try:
-        reader = GGUFReader(path)
-        config = AutoConfig.from_pretrained(where, gguf_file=name)
-    except Exception as error:  # the parser meets a torn file with whatever numpy or struct raise
-        raise ValueError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
+    config = read_gguf_config(path)
     if not any_family:
         family_of(config.model_type)
-    scaled = [key for key in reader.fields if ".rope.scaling." in key]
-    if scaled or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-        raise ValueError(
-            f"{path} scales its rotary positions ({scaled[0] if scaled else 'rope_freqs.weight'}), which transformers "
-            "drops when it reads GGUF; use the safetensors checkpoint of this model"
-        )
     try:
         with redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
             raw, info = AutoModelForCausalLM.from_pretrained(
@@ -210,10 +260,15 @@ def _load_gguf(
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Raises ValueError if its files are none, OSError if there are none."""
+    folder = Path(model) if Path(model).is_dir() else _snapshot(model)
+    untrusted.check_texts(folder)
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.decode(tokenizer("A try.")["input_ids"])
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
+    return tokenizer
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -272,10 +327,13 @@ def prompt_of(config: PreTrainedConfig) -> CollaborativePrompt | None:
     stored = getattr(config, "collaborative_prompt", None)
     if stored is None:
         return None
-    try:
-        return CollaborativePrompt(**stored)
-    except TypeError as error:
-        raise ValueError(f"collaborative_prompt in config.json must have name, body and format: {error}") from error
+    texts = stored if isinstance(stored, dict) and set(stored) == {"name", "body", "format"} else {}
+    if not texts or any(not isinstance(text, str) or len(text) > LONGEST_PROMPT for text in texts.values()):
+        raise ValueError(
+            "collaborative_prompt in config.json must have name, body and format, texts of at most "
+            f"{LONGEST_PROMPT:,} characters; delete the entry to go without one"
+        )
+    return CollaborativePrompt(**texts)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -18,6 +18,7 @@ from compresso.widths import Widths, parse
 
 PRESETS = {"fast": (150, 150), "default": (600, 600), "best": (3000, 3000)}
 """Steps of pruning and of recovery."""
+LARGEST_YAML = 100_000  # bytes
 GPT4_ALPACA = "vicgalle/alpaca-gpt4"  # 52k records, the paper's data
 
 
@@ -235,6 +236,8 @@ class PruneConfig:
             elif {int, float, str, bool} & set(kinds) and type(value) not in kinds:
                 names = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
                 raise ValueError(f"{field.name} must be a {names}, got {value!r}")
+            if type(value) is float and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a number, got {value}")
 
     @property
     def records(self) -> str:
@@ -318,20 +321,31 @@ def nearest(name: str, known) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without names for parts: few lines of them grow to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}), expected each value written out")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML file. Raises FileNotFoundError or ValueError, naming the file and the nearest setting."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}; --print-config prints one to start from")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if path.stat().st_size > LARGEST_YAML:
+            raise ValueError(f"it has more than {LARGEST_YAML:,} bytes")
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {str(error)[:500]}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings as `name: value` lines, found {type(settings).__name__}")
     known = [field.name for field in fields(PruneConfig)]
     settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
     for key in settings:
         if key not in known:
-            raise ValueError(f"{path}: unknown setting {key!r}{nearest(key, known)}")
+            raise ValueError(f"{path}: unknown setting {key[:80]!r}{nearest(key[:80], known)}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from compresso import checkpoint, tuning
 from compresso.adapters import inside, learning
@@ -187,13 +187,9 @@ def _look(config: PruneConfig) -> tuple[PreTrainedConfig, int]:
     bare = (Path(config.model) / "config.json").is_file()  # weights need not be there
     place = config.model if bare else checkpoint.find(config.model)
     if place.endswith(".gguf"):
-        folder, _, file = place.rpartition("/")
-        architecture = AutoConfig.from_pretrained(folder or ".", gguf_file=file)
+        architecture = checkpoint.read_gguf_config(Path(place))
     else:
-        try:
-            architecture = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        except checkpoint.BAD_CONFIG as error:
-            raise ValueError(f"the config of {place} cannot be read: {checkpoint.first_line(error)}") from error
+        architecture, _ = checkpoint.read_config(place)
     family_of(architecture.model_type)
     prompt = find_prompt(config.prompt, config.prompt_format)
     try:

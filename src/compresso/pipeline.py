@@ -30,6 +30,8 @@ from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import load_parts, prepare, read_records, versions
 from compresso.progress import Progress
+from compresso.schemas import SUMMARY as SUMMARY_SCHEMA
+from compresso.schemas import parse
 from compresso.shape import count_prunable, prunable_parameters
 from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.summary import show
@@ -64,7 +66,7 @@ def resume(run: str) -> dict[str, Any]:
     whole_files.heal(folder)
     if progress.read(folder).done:
         console.print(f"{folder} is finished; nothing is left to do", markup=False, highlight=False)
-        return json.loads((folder / SUMMARY).read_text())
+        return _read_summary(folder)
     return _to_the_end(*_again(folder))
 
 
@@ -134,11 +136,18 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     return _to_the_end(_ready_to_recover(of_run, now, begins=True), _recover_again)
 
 
+def _read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a run. Raises ValueError if it is damaged."""
+    content = (folder / SUMMARY).read_bytes()
+    parse(content, SUMMARY_SCHEMA, str(folder / SUMMARY))
+    return json.loads(content)
+
+
 def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) -> Workbench:
     """The smaller model of a run, with all that its recovery needs; `begins` if it is not one that goes on."""
     folder = Path(of_run.output)
     config = replace(of_run, **now.settings)
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = _read_summary(folder)
     base = folder / "cut"
     if now.further:  # the model that it starts from is replaced before it is done
         base = folder / savepoints.FOLDER / "start"
@@ -171,7 +180,7 @@ def _begin_recovery(bench: Workbench, base: Path) -> None:
 
 def _recover_again(bench: Workbench) -> dict[str, Any]:
     """The recovery of a run whose cut model is there."""
-    summary = json.loads((bench.folder / SUMMARY).read_text())
+    summary = _read_summary(bench.folder)
     now = bench.progress
     if now.doing == "recover":
         summary["recovery"] = {**now.settings, "further": now.further}

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from compresso import whole_files
 from compresso.shape import UNITS, LayerShape, ModelShape, sparsity
+from compresso.untrusted import read_header, read_json
 
 FORMAT = 1
+LARGEST = 2**20  # of a width
 TOLERANCE = 0.001
 """A plan may miss its target by this much (0.1 points) before coarse units are traded for fine ones."""
 
@@ -245,14 +247,17 @@ def load(folder: Path) -> Plan:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; a run folder of `compresso prune` has one")
     try:
-        text = json.loads((folder / "plan.json").read_text())
+        text = read_json(folder / "plan.json")
         if text["format"] != FORMAT:
             raise ValueError(f"format {text['format']}, this version reads {FORMAT}")
         layers = tuple(LayerShape(**layer) for layer in text["shape"]["layers"])
         shape = ModelShape(text["shape"]["hidden_size"], text["shape"]["mlp_matrices"], layers)
-        tensors = load_file(folder / "plan.safetensors")
-        if set(tensors) != set(UNITS):
-            raise ValueError(f"units {sorted(tensors)}, expected {sorted(UNITS)}")
-        return Plan(shape, tensors)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder / 'plan.json'} or plan.safetensors is damaged: {error}") from error
+        numbers = [shape.hidden_size, shape.mlp_matrices, *(n for layer in layers for n in vars(layer).values())]
+        if not layers or not all(type(n) is int and 0 <= n <= LARGEST for n in numbers):
+            raise ValueError(f"a shape whose sizes are no whole numbers up to {LARGEST:,}")
+        sizes = {unit: (sum(shape.sizes(unit)),) for unit in UNITS}
+        if (found := read_header(folder / "plan.safetensors")) != sizes:  # before as much is allocated
+            raise ValueError(f"units {str(found)[:200]}, expected {sizes}")
+        return Plan(shape, load_file(folder / "plan.safetensors"))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, SafetensorError) as error:
+        raise ValueError(f"{folder / 'plan.json'} or plan.safetensors is damaged: {str(error)[:500]}") from error

@@ -51,7 +51,11 @@ def read(folder: Path) -> Progress:
             "with `compresso prune --output`"
         )
     try:
-        return Progress(**json.loads((folder / FILE).read_bytes()))
+        found = Progress(**json.loads((folder / FILE).read_bytes()))
+        for name, usual in vars(Progress()).items():
+            if type(value := getattr(found, name)) is not type(usual):
+                raise ValueError(f"{name} is {str(value)[:80]!r}")
+        return found
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} has no {FILE}, so that nobody knows where it stopped. If it has cut/ and summary.json, "

@@ -34,7 +34,7 @@ def load(place: Path, device: torch.device) -> tuple[PreTrainedModel, torch.dtyp
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except checkpoint.BAD_WEIGHTS as error:
+    except Exception as error:  # what a class raises for tensors that it did not expect
         raise ValueError(f"the weights of {place} cannot be loaded: {checkpoint.first_line(error)}") from error
     if device.type == "cpu":
         _keep_trainable(model)

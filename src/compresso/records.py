@@ -239,14 +239,16 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _table_rows(path: Path) -> Iterator[tuple[int, Any]]:
     from datasets import Dataset
-    from datasets.utils import disable_progress_bars
+    from datasets.utils import disable_progress_bars, logging
 
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
     try:
         reader = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
         yield from enumerate(reader(str(path), keep_in_memory=True), 1)
     except Exception as error:  # pandas, pyarrow and datasets each raise their own
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {reason}") from error
 
 
 def hub_rows(name: str, streaming: bool = False, seed: int | None = None) -> Iterator[tuple[int, Any]]:

@@ -5,6 +5,7 @@ damaged or foreign; the template escapes whatever they hold. Paths of the user's
 appear only where config.yaml names them.
 """
 
+import itertools
 import math
 import os
 import re
@@ -28,6 +29,8 @@ Z = 1.96  # 95 % of a normal distribution
 MEAN = "mean of "  # before the name of a suite
 FACTS = ("metric", "shots", "n", "window", "version", "lm_eval", "prompt")
 PATH = re.compile(r"(?<!\S)(?:[A-Za-z]:)?(?:[/\\][^\s/\\]+)*[/\\]([^\s/\\]+)")  # an absolute one
+MOST_PHASES, LONGEST_PHASE = 200, 40  # of a training curve
+MOST_ROWS = 300  # of a table and its picture
 LARGEST_LOG = 50.0  # of a ratio of perplexities; what is beyond it cannot be drawn
 
 
@@ -99,6 +102,8 @@ def report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path
         slug = f"{number}-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)[:40]}-" if len(folders) > 1 else ""
         loaded.append(read_run(folder, name, slug))
     evaluation = _merged(loaded)
+    if len(evaluation["tasks"]) > MOST_ROWS:
+        raise ValueError(f"the evaluations have {len(evaluation['tasks'])} rows, and a page takes {MOST_ROWS}")
     pictures = {name: charts.picture(draw) for name, draw in _drawings(loaded, evaluation).items()}
     defaults = {field.name: field.default for field in fields(PruneConfig)}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -140,6 +145,13 @@ def read_run(folder: Path, name: str, slug: str) -> Run:
     environment = parse((folder / "env.json").read_bytes(), {"versions.*": "text"}, str(folder / "env.json"))
     metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
     lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    rows = [parse(line, METRICS, f"{metrics}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    changes = sum(a["phase"] != b["phase"] for a, b in itertools.pairwise(rows))
+    if changes > MOST_PHASES or any(len(row["phase"]) > LONGEST_PHASE for row in rows):
+        raise ValueError(
+            f"{metrics} has {changes} changes of phase, or names of phases that are no names, expected at most "
+            f"{MOST_PHASES} and {LONGEST_PHASE} characters; restore it, or delete it to go without"
+        )
     return Run(
         name,
         slug,
@@ -147,7 +159,7 @@ def read_run(folder: Path, name: str, slug: str) -> Run:
         environment["versions"] | {key: str(value) for key, value in environment.items() if key != "versions"},
         config,
         plans.load(folder),
-        [parse(line, METRICS, f"{metrics}, line {i}") for i, line in enumerate(lines, 1) if line.strip()],
+        rows,
         parse(evaluation.read_bytes(), EVALUATION, str(evaluation)) if evaluation.is_file() else {},
     )
 

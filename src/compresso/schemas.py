@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 SCHEMA = "compresso-eval/1"
+MOST_MODELS, MOST_FIGURES = 50, 1000  # beyond them no table can be read, and pictures take hours
+LARGEST = 2**63  # of a whole number
 SPREADS = "prefill_tokens_per_second|decode_tokens_per_second|first_token_seconds?|peak_memory_bytes?"
 KINDS: dict[str, Any] = {"number": (int, float), "text": str, "object": dict, "list": list}
 SUMMARY = {
@@ -42,7 +44,11 @@ def parse(text: bytes, needed: dict[str, str], where: str) -> Any:
         for keys, kind in needed.items():
             _check(found, keys, kind, "it")
         if needed is EVALUATION and found["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {found['schema']!r}, expected {SCHEMA!r}")
+            raise ValueError(f"its schema is {found['schema'][:80]!r}, expected {SCHEMA!r}")
+        if needed is EVALUATION:
+            most = max(map(len, [found["models"], *found["results"].values()]), default=0)
+            if len(found["models"]) > MOST_MODELS or most > MOST_FIGURES:
+                raise ValueError(f"it has more than {MOST_MODELS} models, or {MOST_FIGURES} figures of one")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged or not of this version: {error}. Restore it, or run it again") from None
     return found
@@ -54,6 +60,8 @@ def _check(found: Any, keys: str, kind: str, where: str) -> None:
     expected = kind if not keys else "list" if first == "[]" else "object"
     if not isinstance(found, KINDS[expected]):
         raise ValueError(f"{where} is {str(found)[:40]!r}, expected: {expected}")
+    if isinstance(found, int) and abs(found) > LARGEST:
+        raise ValueError(f"{where} is a number of {len(str(found))} digits")
     if first in ("*", "[]"):
         for name, inner in found.items() if first == "*" else enumerate(found):
             _check(inner, deeper, kind, f"{where}[{name!r}]")

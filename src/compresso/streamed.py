@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from compresso import checkpoint
+from compresso import checkpoint, untrusted
 from compresso import plan as plans
 from compresso.adapters import Adapter
 from compresso.extract import check_fit, cut_weights, smaller_config
@@ -24,10 +23,10 @@ from compresso.plan import Plan
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.shape import count_prunable, describe
 from compresso.unfused import UNFUSED
+from compresso.untrusted import INDEX
 from compresso.workbench import progress_bar
 
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -43,7 +42,7 @@ class StoredWeights(Mapping[str, Tensor]):
         self._stored: dict[str, str] = {}
         try:
             if (folder / INDEX).is_file():
-                names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                names = untrusted.read_json(folder / INDEX)["weight_map"]
                 files = sorted({folder / name for name in names.values()})
             else:
                 files = sorted(folder.glob("*.safetensors"))
@@ -126,9 +125,7 @@ def folder_of(model: str) -> Path:
             f"{model} is a {model_type}, which is taken apart when it is loaded whole; reading it from file to file "
             "(--sharded, --precision 4bit, `compresso extract`) is not possible"
         )
-    if place.is_dir():
-        return place
-    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]))
+    return checkpoint.fetched(str(place))
 
 
 def write_cut(

@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from compresso import task_files
 from compresso.prompts import MMLU_SENTENCE
 from compresso.suites import ALIASES, SUITES, metric_of
 
@@ -54,8 +55,9 @@ class Unknown(ValueError):
 
 
 def task_manager(data_dir: Path | None) -> TaskManager:
-    """lm-eval's index of tasks, with the task files that lie in `data_dir`."""
-    if data_dir is not None and any(data_dir.rglob("*.yaml")):
+    """lm-eval's index of tasks, with the task files that lie in `data_dir`. Raises ValueError if one would run code."""
+    task_files.sandbox_templates()
+    if data_dir is not None and task_files.check(data_dir):
         return TaskManager(include_path=str(data_dir))
     return _official()
 
