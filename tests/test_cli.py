@@ -92,7 +92,7 @@ def test_a_checkpoint_that_cannot_be_used(say, checkpoint, tmp_path, what, messa
     ("flags", "message"),
     [
         (["--model", "./nowhere"], "no checkpoint folder"),
-        (["--model", "no-such-org/no-such-model"], "the hub gave no such model"),
+        (["--model", "no-such-org/no-such-model"], "no folder 'no-such-org/no-such-model', and HF_HUB_OFFLINE is set"),
         (["--model", "broken.gguf"], "no file broken.gguf"),
         (["--target-sparsity", "0"], "target_sparsity must lie in (0, 1), got 0.0"),
         (["--target-sparsity", "1.5"], "target_sparsity must lie in (0, 1), got 1.5"),

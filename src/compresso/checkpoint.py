@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compresso import demo, nemotron_nas, per_layer
+from compresso import demo, hub, nemotron_nas, per_layer
+from compresso.config import nearest
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import describe
@@ -62,7 +63,9 @@ def find(model: str, any_family: bool = False) -> str:
     elif model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no checkpoint folder {path}; expected a folder with config.json and *.safetensors")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = hub.fetch(model, lambda: AutoConfig.from_pretrained(model, trust_remote_code=False))
+    except hub.Unavailable as error:
+        raise hub.Unavailable(f"no folder {model!r}{_similar(path)}, and {error}") from error
     except BAD_CONFIG as error:
         raise _unreadable(model, path.is_dir(), error) from error
     if not any_family:
@@ -88,10 +91,16 @@ def load(
     model = find(str(model), any_family)
     if model.endswith(".gguf"):
         return _load_gguf(Path(model), dtype, any_family)
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+
+    def weights() -> tuple[PreTrainedModel, dict]:
+        return AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+
+    try:
+        loaded, info = hub.fetch(model, weights)
+    except hub.Unavailable:
+        raise
     except BAD_WEIGHTS as error:
         raise ValueError(f"the weights of {model} cannot be loaded: {first_line(error)}") from error
     _refuse_incomplete(model, info)
@@ -104,9 +113,15 @@ def _unreadable(model: str, local: bool, error: Exception) -> Exception:
     if local:
         return ValueError(f"{model}/config.json cannot be read: {first_line(error)}")
     return FileNotFoundError(
-        f"no folder {model!r}, and the hub gave no such model ({first_line(error)}). Check the spelling, the "
-        "network, and for a gated model `hf auth login`; or pass a local folder, or `--model demo`"
+        f"no folder {model!r}{_similar(Path(model))}, and the hub gave no such model ({first_line(error)}). Check the "
+        "spelling, or pass a local folder, or `demo`"
     )
+
+
+def _similar(path: Path) -> str:
+    """A hint that names the folder or file beside it that is written most like it, or `demo`."""
+    beside = [path.with_name(entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(str(path), [*map(str, beside), "demo"])
 
 
 def first_line(error: Exception) -> str:
@@ -209,7 +224,9 @@ def _load_gguf(
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return hub.fetch(model, lambda: AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+    except hub.Unavailable:
+        raise
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
 

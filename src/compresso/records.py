@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compresso import hub
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 OUTPUT_NAMES = ("output", "response", "completion", "answer")
 
@@ -257,13 +259,12 @@ def hub_rows(name: str, streaming: bool = False, seed: int | None = None) -> Ite
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split="train", streaming=streaming)
+        rows = hub.fetch(name, lambda: load_dataset(name, split="train", streaming=streaming), "dataset")
         yield from enumerate(rows if seed is None else rows.shuffle(seed=seed, buffer_size=1), 1)
     except Exception as error:  # the hub client raises its own for each way to fail
-        raise FileNotFoundError(
-            f"no file {name!r}, and the hub gave no such dataset ({type(error).__name__}). Check the "
-            "spelling and the network, or use local files or `--data demo`"
-        ) from error
+        told = str(error) if isinstance(error, hub.Unavailable) else hub.explain(error, name, "dataset")
+        told = told or f"the hub gave no such dataset ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        raise hub.Unavailable(f"no file {name!r}, and {told}. Or use local files, or `--data demo`") from error
 
 
 def hold_out(sources: list[Source], count: int, seed: int) -> tuple[list[Source], list[Record]]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from compresso import checkpoint
+from compresso import checkpoint, hub
 from compresso import plan as plans
 from compresso.adapters import Adapter
 from compresso.extract import check_fit, cut_weights, smaller_config
@@ -122,7 +122,8 @@ def folder_of(model: str) -> Path:
         )
     if place.is_dir():
         return place
-    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]))
+    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+    return Path(hub.fetch(model, lambda: snapshot_download(model, allow_patterns=wanted)))
 
 
 def write_cut(

@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from compresso import hub
 from compresso.prompts import MMLU_SENTENCE
 from compresso.suites import ALIASES, SUITES, metric_of
 
@@ -222,7 +223,13 @@ def build(wanted: Wanted, manager: TaskManager, prompted: bool) -> Task:
             {"name": "none", "filter": [{"function": "take_first"}]},
             {"name": "strip", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
         ]
-    (task,) = manager.load([{"group": "one", "task": [changes]}])["tasks"].values()
+    place = str((manager.task_index[wanted.registered].cfg or {}).get("dataset_path"))
+
+    def load() -> Task:
+        (task,) = manager.load([{"group": "one", "task": [changes]}])["tasks"].values()
+        return task
+
+    task = load() if wanted.files or "/" not in place else hub.fetch(place, load, "dataset")
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     return task
