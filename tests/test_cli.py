@@ -239,6 +239,7 @@ def test_recover_and_chat_need_a_run(capsys, tmp_path):
         ["export"],
         ["estimate"],
         ["chat"],
+        ["doctor"],
     ],
 )
 def test_help_shows_examples(capsys, command):

@@ -25,6 +25,7 @@ Compresso makes large language models physically smaller.
   compresso estimate --model ./my-llama --gpu-memory 24   what a run would need
   compresso extract ./my-llama runs/first --output small  apply a run's plan to a checkpoint on disk
   compresso export runs/first --to gguf --output small    write it for llama.cpp, vLLM, onnxruntime
+  compresso doctor runs/first                             is this machine fit, is a run whole, what next
 
 `compresso COMMAND --help` tells the settings of a command."""
 
@@ -98,6 +99,15 @@ Write a pruned model in the form that a runtime loads; what was written is loade
 
 --check prints which runtimes load the model, and what to do for the others.
 docs/deploy.md has a block to paste for each."""
+
+DOCTOR = """\
+Examine this machine and, if it is named, a run folder: what is good, what is wrong, and what to do about it.
+
+  compresso doctor
+  compresso doctor runs/demo
+
+Of the machine: packages, devices, memory, disks, speed, the hub. Of a run: every file, read; what can be
+continued, and the command that does it. The exit code is 1 if something is wrong. No network is needed."""
 
 Run = Annotated[str, tyro.conf.Positional]
 Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
@@ -327,7 +337,22 @@ def _no_gpu(config: PruneConfig) -> bool:
     return config.device == "auto" and not torch.cuda.is_available()
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+def _doctor(args: list[str]) -> int:
+    def settings(run: Annotated[str | None, tyro.conf.Positional] = None, /) -> str | None:
+        """
+        Args:
+            run: Run folder of `compresso prune`, or a checkpoint folder.
+        """
+        return run
+
+    run = tyro.cli(settings, args=args, prog="compresso doctor", description=DOCTOR)
+    from compresso.doctor import doctor
+    from compresso.workbench import console
+
+    return 0 if doctor(run, console) else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "prune": _prune,
     "recover": _recover,
     "evaluate": _evaluate,
@@ -337,6 +362,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "estimate": _estimate,
     "chat": _chat,
+    "doctor": _doctor,
 }
 
 
@@ -370,7 +396,8 @@ def _listed(args: list[str], flags: tuple[str, ...]) -> list[str]:
 def main(args: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code.
 
-    0 done, 2 a user's mistake, 1 ours, 3 diverged, 4 another process gone, 130 Ctrl-C, 143 SIGTERM.
+    0 done, 2 a user's mistake, 1 ours (of doctor: something is wrong), 3 diverged, 4 another process gone,
+    130 Ctrl-C, 143 SIGTERM.
     """
     args = sys.argv[1:] if args is None else args
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could act on
@@ -385,7 +412,7 @@ def main(args: list[str] | None = None) -> int:
             raise ValueError(
                 f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}; commands are {', '.join(COMMANDS)}"
             )
-        COMMANDS[args[0]](args[1:])
+        return COMMANDS[args[0]](args[1:]) or 0
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -400,7 +427,6 @@ def main(args: list[str] | None = None) -> int:
     except RuntimeError as error:
         errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code if isinstance(error, Stopped) else 1
-    return 0
 
 
 if __name__ == "__main__":
