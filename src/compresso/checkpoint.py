@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from compresso import demo, hub, nemotron_nas, per_layer
-from compresso.config import nearest
+from compresso.config import nearest_path
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import describe
@@ -54,18 +54,23 @@ def find(model: str, any_family: bool = False) -> str:
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
+            raise FileNotFoundError(f"no file {path}{nearest_path(path)}")
         return model
     if path.is_dir():
         _check_folder(path, any_family)
     elif path.exists():
         raise ValueError(f"{path} is a file; expected a checkpoint folder, a .gguf file or a hub id")
+    elif "://" in model:
+        name = "/".join(model.rstrip("/").split("/")[-2:])
+        raise ValueError(f"{model} is an address; pass the hub id alone ({name}), or a local folder")
     elif model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no checkpoint folder {path}; expected a folder with config.json and *.safetensors")
+        raise FileNotFoundError(
+            f"no checkpoint folder {path}{nearest_path(path)}; expected a folder with config.json and *.safetensors"
+        )
     try:
         config = hub.fetch(model, lambda: AutoConfig.from_pretrained(model, trust_remote_code=False))
     except hub.Unavailable as error:
-        raise hub.Unavailable(f"no folder {model!r}{_similar(path)}, and {error}") from error
+        raise hub.Unavailable(f"no folder {model!r}{nearest_path(path)}, and {error}") from error
     except BAD_CONFIG as error:
         raise _unreadable(model, path.is_dir(), error) from error
     if not any_family:
@@ -113,15 +118,9 @@ def _unreadable(model: str, local: bool, error: Exception) -> Exception:
     if local:
         return ValueError(f"{model}/config.json cannot be read: {first_line(error)}")
     return FileNotFoundError(
-        f"no folder {model!r}{_similar(Path(model))}, and the hub gave no such model ({first_line(error)}). Check the "
+        f"no folder {model!r}{nearest_path(model)}, and the hub gave no such model ({first_line(error)}). Check the "
         "spelling, or pass a local folder, or `demo`"
     )
-
-
-def _similar(path: Path) -> str:
-    """A hint that names the folder or file beside it that is written most like it, or `demo`."""
-    beside = [path.with_name(entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return nearest(str(path), [*map(str, beside), "demo"])
 
 
 def first_line(error: Exception) -> str:
@@ -136,6 +135,9 @@ def _check_folder(folder: Path, any_family: bool) -> None:
         hint = f"; it holds {ggufs[0].name}, pass that file" if ggufs else ""
         if (folder / "model" / "config.json").is_file():
             hint = f"; it is a run folder, pass {folder / 'model'}"
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds an adapter, merge it first (merge_and_unload of peft) and save the whole model"
+        hint = hint or "; expected config.json, *.safetensors and a tokenizer"
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -151,7 +153,10 @@ def _check_folder(folder: Path, any_family: bool) -> None:
                 f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when loaded. Convert "
                 "it to safetensors first, on a machine and from a source that you trust"
             )
-        raise FileNotFoundError(f"{folder} has no *.safetensors weights")
+        raise FileNotFoundError(
+            f"{folder} has no *.safetensors weights; copy them there, or fetch the whole model: `hf download ID "
+            f"--local-dir {folder}`"
+        )
 
 
 def _refuse_quantised(model: str, config: transformers.PreTrainedConfig) -> None:

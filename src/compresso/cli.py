@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
@@ -129,13 +130,17 @@ class _EvaluateFlags(EvaluateConfig):
 
 
 def _prune(args: list[str]) -> None:
+    _no_more_than(args, 0, "the model goes after --model: compresso prune --model {}")
     settings: dict = {}
     args, path = _take(args, "--config", True)
     if path is not None:
         settings = read_yaml(path)
     args, printing = _take(args, "--print-config", False)
     listed = _listed(args, ("--also", "--units", "--lora-targets"))
-    default = _Flags(**vars(PruneConfig(**settings)))
+    try:
+        default = _Flags(**vars(PruneConfig(**settings)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     flags = tyro.cli(_Flags, args=listed, default=default, prog="compresso prune", description=PRUNE)
     config = PruneConfig(**vars(flags))
     if printing is not None:
@@ -195,6 +200,7 @@ def _chat(args: list[str]) -> None:
         """
         return model, message, prompt, max_new_tokens
 
+    _no_more_than(args, 1, 'the message goes after --message: compresso chat MODEL --message "{}"')
     given = tyro.cli(settings, args=args, prog="compresso chat", description=CHAT)
     from compresso.chat import chat
 
@@ -260,6 +266,8 @@ def _extract(args: list[str]) -> None:
         return model, run, output
 
     model, run, output = tyro.cli(settings, args=args, prog="compresso extract", description=EXTRACT)
+    if os.path.exists(os.path.join(model, "plan.json")) and not os.path.exists(os.path.join(run, "plan.json")):
+        raise ValueError(f"the checkpoint comes first, then the run: compresso extract {run} {model} --output {output}")
     from compresso.streamed import extract_files
     from compresso.workbench import console
 
@@ -366,6 +374,12 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 }
 
 
+def _no_more_than(args: list[str], count: int, hint: str) -> None:
+    """Raise ValueError for a word more than a command takes before its flags; the parser would only call it unknown."""
+    if len(args) > count and not any(arg.startswith("-") for arg in args[: count + 1]):
+        raise ValueError(hint.format(args[count]))
+
+
 def _take(args: list[str], flag: str, has_value: bool) -> tuple[list[str], str | None]:
     """Take one flag, written `--flag value` or `--flag=value`, out of the arguments."""
     for i, arg in enumerate(args):
@@ -404,8 +418,11 @@ def main(args: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a remark about a kernel, even where it is not used
     raise_on_sigterm()
     errors = Console(stderr=True)
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(OVERVIEW + "\n")
+        return 0
+    if args[0] == "--version":
+        sys.stdout.write(f"compresso {version('compresso-llm')}\n")
         return 0
     try:
         if args[0] not in COMMANDS:

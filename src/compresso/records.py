@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compresso import hub
+from compresso.config import nearest_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 OUTPUT_NAMES = ("output", "response", "completion", "answer")
@@ -195,8 +196,8 @@ def files_of(name: str) -> list[Path]:
             raise FileNotFoundError(f"no data file fits {name}")
     elif path.suffix in SUFFIXES or name.count("/") != 1:
         raise FileNotFoundError(
-            f"no data file {path}; expected a file ({', '.join(SUFFIXES)}), a folder or pattern of such files, a hub "
-            "id org/name, self or demo"
+            f"no data file {path}{nearest_path(path)}; expected a file ({', '.join(SUFFIXES)}), a folder or pattern of "
+            "such files, a hub id org/name, self or demo"
         )
     else:
         return []
@@ -235,7 +236,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _line_rows(path)  # JSON lines under the other name
         return
     if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of records, found {type(rows).__name__}")
+        found = f"an object ({', '.join(list(rows)[:5])})" if isinstance(rows, dict) else type(rows).__name__
+        raise ValueError(f"{path} must hold a list of records, found {found}; a record a line does as well (.jsonl)")
     yield from enumerate(rows, 1)
 
 

@@ -131,7 +131,7 @@ def read_run(folder: Path, name: str, slug: str) -> Run:
             held = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "nothing"
             raise FileNotFoundError(
                 f"{folder} has no {needed}, there is {held}. A report needs a folder of `compresso prune`, finished; "
-                "a run that was stopped has to be started again"
+                f"`compresso doctor {folder}` tells what can be continued"
             )
     try:
         config = PruneConfig(**read_yaml(folder / "config.yaml"))

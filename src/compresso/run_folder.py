@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from compresso import checkpoint, eval_file
 from compresso import plan as plans
-from compresso.config import PruneConfig, nearest, read_yaml
+from compresso.config import PruneConfig, nearest_path, read_yaml
 from compresso.findings import Finding, command
 from compresso.schemas import METRICS, SUMMARY, parse
 from compresso.streamed import StoredWeights, shapes_of
@@ -38,10 +38,8 @@ def examine(folder: Path) -> list[Finding]:
     Raises FileNotFoundError or ValueError for a path that is neither.
     """
     if not folder.is_dir():
-        beside = (
-            [str(folder.with_name(entry.name)) for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        )
-        raise FileNotFoundError(f"no run folder {folder}{nearest(str(folder), beside)}")
+        what = f"{folder} is a file, no run folder" if folder.exists() else f"no run folder {folder}"
+        raise FileNotFoundError(f"{what}{nearest_path(folder)}")
     if (folder / "config.json").is_file():
         return [_look(folder, Part("", _checkpoint, "copy or download it again"))]
     there = [part for part in PARTS if (folder / part.name).exists()]

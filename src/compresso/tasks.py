@@ -113,7 +113,9 @@ def check_names(asked: list[str], manager: TaskManager | None) -> None:
     for name in asked:
         text, at, window = name.partition("@")
         if at and (text not in ("wikitext2", "ptb", "c4") or not window.isdecimal() or int(window) < 16):
-            raise Unknown(f"{name!r} is no perplexity; write wikitext2, ptb or c4, @, and the window in tokens")
+            raise Unknown(
+                f"{name!r} is no perplexity; write wikitext2, ptb or c4, @, and the window in tokens, at least 16"
+            )
         if at or name in SUITES or name in ALIASES or (manager is not None and name in manager.task_index):
             continue
         known = list(dict.fromkeys([*SUITES, *ALIASES, *(manager.all_tasks if manager else [])]))
