@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class SmallHub(ThreadingHTTPServer):
-    """`troubles` are what the next requests for `aimed_at` are met with, one each; `always` is what all others are.
+    """`troubles` are what the next requests that fit the pattern `aimed_at` are met with, one each.
+
+    `always` is what all others of these are met with.
 
     A trouble is a status, with headers, or `torn` (the body stops half way), or `silent` (no answer).
     """
@@ -44,7 +47,7 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.seen.append(f"{self.command} {self.path}")
         torn = False
-        if self.server.aimed_at in self.requestline and (self.server.troubles or self.server.always):
+        if re.search(self.server.aimed_at, self.requestline) and (self.server.troubles or self.server.always):
             trouble, *headers = self.server.troubles.pop(0) if self.server.troubles else self.server.always or ()
             if trouble == "silent":
                 self.server.closing.wait(5)

@@ -12,7 +12,7 @@ from huggingface_hub import constants, file_download
 from compresso import checkpoint as checkpoints
 from compresso import hub, records, streamed, tasks, texts
 from compresso.cli import main
-from small_hub import COMMIT, serving
+from small_hub import serving
 from tiny import tiny_model
 
 NAME = "org/tiny"
@@ -66,7 +66,7 @@ def test_a_checkpoint_arrives_after_failures_and_the_user_is_told(served, waited
 
 @pytest.mark.parametrize("trouble", ["torn", 502, 504])
 def test_weights_that_break_off_arrive(served, waited, trouble):
-    served.aimed_at, served.troubles = "GET /org/tiny/resolve/" + COMMIT + "/model.safetensors", [(trouble,)] * 2
+    served.aimed_at, served.troubles = r"GET .*/model\.safetensors", [(trouble,)] * 2
     assert same_weights(checkpoints.load(NAME)[0])
     assert not served.troubles
     assert waited
