@@ -2,13 +2,17 @@ VENV := .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+EXTRAS := eval gguf onnx 4bit
+FORGIVEN := -W ignore::DeprecationWarning -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
+CORE := extract gguf quantised export paired records hub doctor mistakes
 
-.PHONY: setup test test-faults fuzz lint browser demo clean
+.PHONY: setup test test-oldest test-faults fuzz lint browser demo dependencies clean
 
 setup: $(VENV)/installed
 
 # torch first, in the release that the tests ran with; `make setup TORCH=...` takes another build
-# the oldest transformers that we take stands aside, for a test that results load there
+# an older transformers than we take stands aside, for a test that results load there
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
@@ -36,8 +40,23 @@ test-faults: setup
 fuzz: setup
 	$(BIN)/python tests/fuzz.py $(or $(N),10000) --seed $(or $(SEED),0)
 
+# the lower bounds of pyproject.toml, torch aside, of which the release above is taken: older ones without a GPU's libraries
+# are in no package index but torch's own (`make test-oldest TORCH=...`); warnings of old releases are theirs
+$(OLDEST)/installed: pyproject.toml tools/oldest.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python tools/oldest.py $(EXTRAS) > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[eval,gguf,onnx,4bit]' pytest
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -q $(FORGIVEN) $(CORE:%=tests/test_%.py)
+
+dependencies: setup
+	$(BIN)/python tools/dependencies.py > docs/dependencies.md
+
 demo: setup
 	$(BIN)/compresso prune --config configs/demo.yaml --overwrite
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache

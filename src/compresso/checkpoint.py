@@ -23,7 +23,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
-from compresso import demo, gguf_header, nemotron_nas, per_layer, untrusted, whole_files
+from compresso import demo, gguf_header, hub, nemotron_nas, per_layer, untrusted, whole_files
+from compresso.config import nearest_path
 from compresso.families import PER_LAYER_PREFIX, family_of
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import check_config, describe
@@ -53,16 +54,23 @@ def find(model: str, any_family: bool = False) -> str:
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
+            raise FileNotFoundError(f"no file {path}{nearest_path(path)}")
         return model
     if path.is_dir():
         _check_folder(path, any_family)
     elif path.exists():
         raise ValueError(f"{path} is a file; expected a checkpoint folder, a .gguf file or a hub id")
+    elif "://" in model:
+        name = "/".join(model.rstrip("/").split("/")[-2:])
+        raise ValueError(f"{model} is an address; pass the hub id alone ({name}), or a local folder")
     elif model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no checkpoint folder {path}; expected a folder with config.json and *.safetensors")
+        raise FileNotFoundError(
+            f"no checkpoint folder {path}{nearest_path(path)}; expected a folder with config.json and *.safetensors"
+        )
     try:
         config, parameters = read_config(model)
+    except hub.Unavailable as error:
+        raise hub.Unavailable(f"no folder {model!r}{nearest_path(path)}, and {error}") from error
     except (OSError, HFValidationError) as error:
         raise _unreadable(model, path.is_dir(), error) from error
     if not any_family:
@@ -80,7 +88,7 @@ def read_config(model: str | Path) -> tuple[PreTrainedConfig, int]:
 
     Raises ValueError if it describes no model, OSError if there is none.
     """
-    file = Path(cached_file(str(model), "config.json"))
+    file = Path(hub.fetch(str(model), lambda: cached_file(str(model), "config.json")))
     untrusted.check_file(file, file.parent)
     untrusted.check_config(untrusted.read_json(file), file)
     try:
@@ -115,7 +123,8 @@ def fetched(model: str) -> Path:
 def _snapshot(model: str, *more: str) -> Path:
     """The folder of a hub id, with what a tokenizer needs and files of these names; what lies deeper stays there."""
     wanted = ["*.json", "*.model", "*.jinja", "*.txt", *more]
-    return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+    unwanted = ["*/*", "consolidated*"]
+    return Path(hub.fetch(model, lambda: snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted)))
 
 
 def _check_family(model_type: str) -> None:
@@ -152,8 +161,8 @@ def _unreadable(model: str, local: bool, error: Exception) -> Exception:
     if local:
         return ValueError(f"{model}/config.json cannot be read: {first_line(error)}")
     return FileNotFoundError(
-        f"no folder {model!r}, and the hub gave no such model ({first_line(error)}). Check the spelling, the "
-        "network, and for a gated model `hf auth login`; or pass a local folder, or `--model demo`"
+        f"no folder {model!r}{nearest_path(model)}, and the hub gave no such model ({first_line(error)}). Check the "
+        "spelling, or pass a local folder, or `demo`"
     )
 
 
@@ -169,6 +178,9 @@ def _check_folder(folder: Path, any_family: bool) -> None:
         hint = f"; it holds {ggufs[0].name}, pass that file" if ggufs else ""
         if (folder / "model" / "config.json").is_file():
             hint = f"; it is a run folder, pass {folder / 'model'}"
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds an adapter, merge it first (merge_and_unload of peft) and save the whole model"
+        hint = hint or "; expected config.json, *.safetensors and a tokenizer"
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint{hint}")
     untrusted.check_file(folder / "config.json", folder)
     config = untrusted.read_json(folder / "config.json")
@@ -183,7 +195,10 @@ def _check_folder(folder: Path, any_family: bool) -> None:
                 f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when loaded. Convert "
                 "it to safetensors first, on a machine and from a source that you trust"
             )
-        raise FileNotFoundError(f"{folder} has no *.safetensors weights")
+        raise FileNotFoundError(
+            f"{folder} has no *.safetensors weights; copy them there, or fetch the whole model: `hf download ID "
+            f"--local-dir {folder}`"
+        )
 
 
 def _refuse_quantised(model: str, config: transformers.PreTrainedConfig) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
@@ -25,6 +26,7 @@ Compresso makes large language models physically smaller.
   compresso estimate --model ./my-llama --gpu-memory 24   what a run would need
   compresso extract ./my-llama runs/first --output small  apply a run's plan to a checkpoint on disk
   compresso export runs/first --to gguf --output small    write it for llama.cpp, vLLM, onnxruntime
+  compresso doctor runs/first                             is this machine fit, is a run whole, what next
 
 `compresso COMMAND --help` tells the settings of a command."""
 
@@ -101,6 +103,15 @@ Write a pruned model in the form that a runtime loads; what was written is loade
 --check prints which runtimes load the model, and what to do for the others.
 docs/deploy.md has a block to paste for each."""
 
+DOCTOR = """\
+Examine this machine and, if it is named, a run folder: what is good, what is wrong, and what to do about it.
+
+  compresso doctor
+  compresso doctor runs/demo
+
+Of the machine: packages, devices, memory, disks, speed, the hub. Of a run: every file, read; what can be
+continued, and the command that does it. The exit code is 1 if something is wrong. No network is needed."""
+
 Run = Annotated[str, tyro.conf.Positional]
 Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
 Models = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help="what to measure")]
@@ -121,6 +132,7 @@ class _EvaluateFlags(EvaluateConfig):
 
 
 def _prune(args: list[str]) -> None:
+    _no_more_than(args, 0, "the model goes after --model: compresso prune --model {}")
     settings: dict = {}
     args, run = _take(args, "--resume", True)
     if run is not None:
@@ -135,7 +147,10 @@ def _prune(args: list[str]) -> None:
         settings = read_yaml(path)
     args, printing = _take(args, "--print-config", False)
     listed = _listed(args, ("--also", "--units", "--lora-targets"))
-    default = _Flags(**vars(PruneConfig(**settings)))
+    try:
+        default = _Flags(**vars(PruneConfig(**settings)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     flags = tyro.cli(_Flags, args=listed, default=default, prog="compresso prune", description=PRUNE)
     config = PruneConfig(**vars(flags))
     if printing is not None:
@@ -195,6 +210,7 @@ def _chat(args: list[str]) -> None:
         """
         return model, message, prompt, max_new_tokens
 
+    _no_more_than(args, 1, 'the message goes after --message: compresso chat MODEL --message "{}"')
     given = tyro.cli(settings, args=args, prog="compresso chat", description=CHAT)
     from compresso.chat import chat
 
@@ -260,6 +276,8 @@ def _extract(args: list[str]) -> None:
         return model, run, output
 
     model, run, output = tyro.cli(settings, args=args, prog="compresso extract", description=EXTRACT)
+    if os.path.exists(os.path.join(model, "plan.json")) and not os.path.exists(os.path.join(run, "plan.json")):
+        raise ValueError(f"the checkpoint comes first, then the run: compresso extract {run} {model} --output {output}")
     from compresso.streamed import extract_files
     from compresso.workbench import console
 
@@ -337,7 +355,22 @@ def _no_gpu(config: PruneConfig) -> bool:
     return config.device == "auto" and not torch.cuda.is_available()
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+def _doctor(args: list[str]) -> int:
+    def settings(run: Annotated[str | None, tyro.conf.Positional] = None, /) -> str | None:
+        """
+        Args:
+            run: Run folder of `compresso prune`, or a checkpoint folder.
+        """
+        return run
+
+    run = tyro.cli(settings, args=args, prog="compresso doctor", description=DOCTOR)
+    from compresso.doctor import doctor
+    from compresso.workbench import console
+
+    return 0 if doctor(run, console) else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "prune": _prune,
     "recover": _recover,
     "evaluate": _evaluate,
@@ -347,7 +380,14 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "estimate": _estimate,
     "chat": _chat,
+    "doctor": _doctor,
 }
+
+
+def _no_more_than(args: list[str], count: int, hint: str) -> None:
+    """Raise ValueError for a word more than a command takes before its flags; the parser would only call it unknown."""
+    if len(args) > count and not any(arg.startswith("-") for arg in args[: count + 1]):
+        raise ValueError(hint.format(args[count]))
 
 
 def _take(args: list[str], flag: str, has_value: bool) -> tuple[list[str], str | None]:
@@ -380,8 +420,8 @@ def _listed(args: list[str], flags: tuple[str, ...]) -> list[str]:
 def main(args: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code.
 
-    0 done, 2 a user's mistake, 1 ours, 3 diverged, 4 another process gone, 5 a file that could not be written,
-    6 memory ran out, 130 Ctrl-C, 143 SIGTERM.
+    0 done, 2 a user's mistake, 1 ours (of doctor: something is wrong), 3 diverged, 4 another process gone, 5 a file
+    could not be written, 6 memory ran out, 130 Ctrl-C, 143 SIGTERM.
     """
     try:
         return _run(sys.argv[1:] if args is None else args)
@@ -395,15 +435,18 @@ def _run(args: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a remark about a kernel, even where it is not used
     raise_on_sigterm()
     errors = Console(stderr=True)
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(OVERVIEW + "\n")
+        return 0
+    if args[0] == "--version":
+        sys.stdout.write(f"compresso {version('compresso-llm')}\n")
         return 0
     try:
         if args[0] not in COMMANDS:
             raise ValueError(
                 f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}; commands are {', '.join(COMMANDS)}"
             )
-        COMMANDS[args[0]](args[1:])
+        return COMMANDS[args[0]](args[1:]) or 0
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -418,7 +461,6 @@ def _run(args: list[str]) -> int:
     except RuntimeError as error:
         errors.print(f"compresso: {error}", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code if isinstance(error, Stopped) else 1
-    return 0
 
 
 if __name__ == "__main__":

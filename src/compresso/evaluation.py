@@ -95,7 +95,9 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        raise ValueError(
+            f"--device {device}: this torch sees no CUDA device (`compresso doctor` tells more); use --device cpu"
+        )
     try:
         return torch.device(device)
     except RuntimeError as error:
@@ -116,7 +118,8 @@ def _wanted(config: EvaluateConfig) -> tuple[TaskManager | None, list[Wanted], d
                 left_out[text.name] = "no such text in the folder of --data-dir or its text/"
         wanted = [task for task in wanted if task.name not in left_out]
     if not wanted:
-        raise FileNotFoundError("nothing to measure. " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+        missing = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise FileNotFoundError(f"nothing to measure. {missing}. docs/evaluation.md tells how files are named")
     for task, reason in left_out.items():
         console.print(f"left out: {task}: {reason}", markup=False, highlight=False)
     return manager, wanted, left_out

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from compresso import checkpoint, nemotron_nas
+from compresso.config import nearest
 from compresso.families import FAMILIES, PER_LAYER_PREFIX
 from compresso.padding import alike, largest, pad, padded_config, with_equal_queries
 from compresso.prompts import find_prompt
@@ -82,7 +83,7 @@ def export(run: str, to: str, output: str, kind: str = "f16") -> dict[str, Any]:
     done, for what the format cannot hold, with the nearest that works; RuntimeError if the result is another model.
     """
     if to not in FORMATS:
-        raise ValueError(f"unknown format {to!r}; formats are {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {to!r}{nearest(to, FORMATS)}; formats are {', '.join(FORMATS)}")
     folder, form = Path(output), FORMATS[to]
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another --output")

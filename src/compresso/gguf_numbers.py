@@ -14,6 +14,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Number
 from gguf import LlamaFileType
 
+from compresso.config import nearest
+
 K_BLOCK = 256  # columns that a K-quant takes together
 
 
@@ -89,7 +91,7 @@ def encode(array: np.ndarray, number: Number) -> np.ndarray:
 def check(kind: str) -> None:
     """Raise ValueError if matrices cannot be written as this kind here."""
     if kind not in MIXES:
-        raise ValueError(f"unknown number format {kind!r}; formats are {', '.join(MIXES)}")
+        raise ValueError(f"unknown number format {kind!r}{nearest(kind, MIXES)}; formats are {', '.join(MIXES)}")
     if kind in K_QUANTS:
         _quantiser()
 

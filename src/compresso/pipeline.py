@@ -21,7 +21,7 @@ from compresso import checkpoint, progress, savepoints, setbacks, tuning, whole_
 from compresso import plan as plans
 from compresso.adapters import factors, inside, merge
 from compresso.chat import answer
-from compresso.config import PruneConfig, read_yaml
+from compresso.config import PruneConfig, nearest_path, read_yaml
 from compresso.cost import measure_costs
 from compresso.extract import extract
 from compresso.masks import gated
@@ -124,10 +124,13 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     last recovery reached. `settings` replace those of the run's config.yaml.
     """
     folder = Path(run)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder {folder}{nearest_path(folder)}")
     for name in ("config.yaml", SUMMARY, "plan.json", "cut"):
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"{folder} has no {name}; `compresso recover` needs a finished run of `compresso prune`"
+                f"{folder} has no {name}; `compresso recover` needs a run of `compresso prune` whose model has been "
+                f"cut. `compresso doctor {folder}` tells what can be continued"
             )
     of_run = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
     if not replace(of_run, **settings).recover_steps:

@@ -28,7 +28,7 @@ from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
 from compresso.progress import Progress
 from compresso.prompts import CollaborativePrompt, find_prompt
-from compresso.records import Record, Source, read_sources
+from compresso.records import Record, Source, files_of, parts_of, read_sources
 from compresso.self_data import write_records
 from compresso.shape import UNITS, ModelShape, count_prunable, describe
 from compresso.streamed import count_parameters, folder_of
@@ -56,6 +56,10 @@ def prepare(
     if new:
         _check_output(config)
     prompt = find_prompt(config.prompt, config.prompt_format)
+    text = _text(config)
+    if config.records not in ("self", "demo"):
+        for name, _ in parts_of(config.records):
+            files_of(name)  # raises for one that is not there, before a model is loaded
     accelerator = _accelerator(config)
     if progress and not begins:
         _check_processes(progress, accelerator, folder)
@@ -70,7 +74,6 @@ def prepare(
     encoder = Encoder(tokenizer, config.max_length, context)
     encoder.room(prompt)
     _check_lora_targets(config, model)
-    text = _text(config)
     progress = progress or Progress()
     progress.processes = accelerator.num_processes
     if new and config.records == "self":
@@ -207,7 +210,10 @@ def load_parts(config: PruneConfig, place: Path, accelerator: Accelerator) -> tu
 
 def _accelerator(config: PruneConfig) -> Accelerator:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {config.device}: this torch sees no CUDA device; use --device cpu")
+        raise ValueError(
+            f"--device {config.device}: this torch sees no CUDA device (`compresso doctor` tells more); use --device "
+            "cpu"
+        )
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: this torch sees no Apple GPU; use --device cpu")
     if config.device not in ("auto", "cpu", "cuda", "mps"):
@@ -231,7 +237,10 @@ def _accelerator(config: PruneConfig) -> Accelerator:
     if splits and config.precision == "4bit":
         raise ValueError("--precision 4bit holds the weights whole in every process; leave out --sharded or FSDP")
     if splits and accelerator.num_processes == 1:
-        raise ValueError("--sharded splits the weights over processes; launch with torchrun or accelerate")
+        raise ValueError(
+            "--sharded splits the weights over processes; launch with accelerate, or with torchrun: torchrun "
+            "--nproc-per-node 2 -m compresso.cli prune ..."
+        )
     console.quiet = not accelerator.is_main_process
     return accelerator
 
@@ -241,13 +250,16 @@ def _check_output(config: PruneConfig) -> None:
     folder = Path(config.output)
     whole_files.heal(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file")
+        raise ValueError(f"--output {folder} is a file; name a folder that is to be written")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not config.overwrite:
         raise ValueError(f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it")
     if not all((folder / name).is_file() for name in RUN_MARKS):
-        raise ValueError(f"{folder} is not a run folder ({' and '.join(RUN_MARKS)} are missing), so it is not replaced")
+        marks = " and ".join(RUN_MARKS)
+        raise ValueError(
+            f"{folder} is not a run folder ({marks} are missing), so it is not replaced; choose another --output"
+        )
     inputs = [config.model, config.text, config.prompt, *config.records.split(",")]
     for name in filter(None, inputs):
         path = Path(name.strip().rpartition(":")[0] or name.strip())

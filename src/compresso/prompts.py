@@ -139,7 +139,7 @@ def find_prompt(name: str, format: str) -> CollaborativePrompt:
         return CollaborativePrompt(name, BODIES.get(name, ""), format)
     path = Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"prompt {name!r} is neither one of {', '.join(NAMES)} nor a file")
+        raise FileNotFoundError(f"prompt {name!r} is neither one of {', '.join(NAMES)} nor a text file")
     try:
         body = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compresso import hub
+from compresso.config import nearest_path
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 OUTPUT_NAMES = ("output", "response", "completion", "answer")
 
@@ -193,8 +196,8 @@ def files_of(name: str) -> list[Path]:
             raise FileNotFoundError(f"no data file fits {name}")
     elif path.suffix in SUFFIXES or name.count("/") != 1:
         raise FileNotFoundError(
-            f"no data file {path}; expected a file ({', '.join(SUFFIXES)}), a folder or pattern of such files, a hub "
-            "id org/name, self or demo"
+            f"no data file {path}{nearest_path(path)}; expected a file ({', '.join(SUFFIXES)}), a folder or pattern of "
+            "such files, a hub id org/name, self or demo"
         )
     else:
         return []
@@ -233,7 +236,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _line_rows(path)  # JSON lines under the other name
         return
     if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of records, found {type(rows).__name__}")
+        found = f"an object ({', '.join(list(rows)[:5])})" if isinstance(rows, dict) else type(rows).__name__
+        raise ValueError(f"{path} must hold a list of records, found {found}; a record a line does as well (.jsonl)")
     yield from enumerate(rows, 1)
 
 
@@ -259,13 +263,12 @@ def hub_rows(name: str, streaming: bool = False, seed: int | None = None) -> Ite
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split="train", streaming=streaming)
+        rows = hub.fetch(name, lambda: load_dataset(name, split="train", streaming=streaming), "dataset")
         yield from enumerate(rows if seed is None else rows.shuffle(seed=seed, buffer_size=1), 1)
     except Exception as error:  # the hub client raises its own for each way to fail
-        raise FileNotFoundError(
-            f"no file {name!r}, and the hub gave no such dataset ({type(error).__name__}). Check the "
-            "spelling and the network, or use local files or `--data demo`"
-        ) from error
+        told = str(error) if isinstance(error, hub.Unavailable) else hub.explain(error, name, "dataset")
+        told = told or f"the hub gave no such dataset ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        raise hub.Unavailable(f"no file {name!r}, and {told}. Or use local files, or `--data demo`") from error
 
 
 def hold_out(sources: list[Source], count: int, seed: int) -> tuple[list[Source], list[Record]]:

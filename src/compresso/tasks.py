@@ -17,7 +17,7 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from compresso import task_files
+from compresso import hub, task_files
 from compresso.prompts import MMLU_SENTENCE
 from compresso.suites import ALIASES, SUITES, metric_of
 
@@ -114,7 +114,9 @@ def check_names(asked: list[str], manager: TaskManager | None) -> None:
     for name in asked:
         text, at, window = name.partition("@")
         if at and (text not in ("wikitext2", "ptb", "c4") or not window.isdecimal() or int(window) < 16):
-            raise Unknown(f"{name!r} is no perplexity; write wikitext2, ptb or c4, @, and the window in tokens")
+            raise Unknown(
+                f"{name!r} is no perplexity; write wikitext2, ptb or c4, @, and the window in tokens, at least 16"
+            )
         if at or name in SUITES or name in ALIASES or (manager is not None and name in manager.task_index):
             continue
         known = list(dict.fromkeys([*SUITES, *ALIASES, *(manager.all_tasks if manager else [])]))
@@ -224,7 +226,13 @@ def build(wanted: Wanted, manager: TaskManager, prompted: bool) -> Task:
             {"name": "none", "filter": [{"function": "take_first"}]},
             {"name": "strip", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
         ]
-    (task,) = manager.load([{"group": "one", "task": [changes]}])["tasks"].values()
+    place = str((manager.task_index[wanted.registered].cfg or {}).get("dataset_path"))
+
+    def load() -> Task:
+        (task,) = manager.load([{"group": "one", "task": [changes]}])["tasks"].values()
+        return task
+
+    task = load() if wanted.files or "/" not in place else hub.fetch(place, load, "dataset")
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     return task

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compresso import hub
+
 
 @dataclass(frozen=True)
 class Text:
@@ -82,10 +84,10 @@ def _from_hub(name: str) -> tuple[str, str]:
 
     text = TEXTS[name]
     load: Callable[..., Any] = load_dataset
+    place = text.dataset["path"]
     try:
-        rows = load(**text.dataset)[text.column]
+        rows = hub.fetch(place, lambda: load(**text.dataset), "dataset")[text.column]
     except Exception as error:  # the hub's clients raise what they like
-        raise FileNotFoundError(
-            f"the hub did not give {text.dataset['path']} ({str(error).splitlines()[0]}); --data-dir reads local files"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"the hub did not give {place} ({reason}); --data-dir reads local files") from error
     return text.separator.join(rows), text.dataset["path"]

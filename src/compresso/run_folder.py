@@ -1,0 +1,207 @@
+"""A run folder, file by file: what is whole, what is damaged, what can be continued, and what to run next."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from compresso import checkpoint, eval_file
+from compresso import plan as plans
+from compresso.config import PruneConfig, nearest_path, read_yaml
+from compresso.findings import Finding, command
+from compresso.schemas import METRICS, SUMMARY, parse
+from compresso.streamed import StoredWeights, shapes_of
+
+ALSO, CHECKPOINTS, STOPPED = "also", "checkpoints", "stopped"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file or folder of a run: how it is read, and what mends it."""
+
+    name: str
+    read: Callable[[Path], str]
+    """A few words about what it holds. Raises one of UNREADABLE if it is damaged."""
+    mend: str
+    """RUN stands for the folder."""
+
+
+def examine(folder: Path) -> list[Finding]:
+    """What is in a run folder, the last one telling what to run next; or in a checkpoint folder.
+
+    Raises FileNotFoundError or ValueError for a path that is neither.
+    """
+    if not folder.is_dir():
+        what = f"{folder} is a file, no run folder" if folder.exists() else f"no run folder {folder}"
+        raise FileNotFoundError(f"{what}{nearest_path(folder)}")
+    if (folder / "config.json").is_file():
+        return [_look(folder, Part("", _checkpoint, "copy or download it again"))]
+    there = [part for part in PARTS if (folder / part.name).exists()]
+    if not there:
+        raise ValueError(
+            f"{folder} is no run folder of `compresso prune`: it holds none of {', '.join(part.name for part in PARTS)}"
+        )
+    found = {part.name: _look(folder, part) for part in there}
+    found |= {finding.name: finding for finding in _leftovers(folder)}
+    saved = _saved(folder)
+    found |= {finding.name: finding for finding in saved}
+    for run in sorted((folder / ALSO).glob("*")):
+        wrong = [finding.name for finding in examine(run) if finding.state == "wrong"]
+        name = f"{ALSO}/{run.name}"
+        told = f"wrong in it: {', '.join(wrong)}" if wrong else "a run of its own, whole"
+        found[name] = Finding(name, "wrong" if wrong else "good", told, command("doctor", run) if wrong else "")
+    return [*found.values(), _next(folder, found, [finding.name for finding in saved if finding.state == "good"])]
+
+
+def _look(folder: Path, part: Part) -> Finding:
+    try:
+        return Finding(part.name or str(folder), "good", part.read(folder / part.name))
+    except UNREADABLE as error:
+        mend = part.mend.replace("RUN", command(folder).removeprefix("compresso "))
+        return Finding(part.name or str(folder), "wrong", checkpoint.first_line(error), mend)
+
+
+def _settings(path: Path) -> str:
+    config = PruneConfig(**read_yaml(path))
+    return f"{config.model}, {config.method}, {100 * config.target_sparsity:g} % to remove"
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = parse(path.read_bytes(), {}, str(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object")
+    return found
+
+
+def _environment(path: Path) -> str:
+    versions = _object(path).get("versions", {})
+    return ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
+
+
+def _metrics(path: Path) -> str:
+    lines = path.read_bytes().splitlines()
+    rows = [parse(line, METRICS, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    steps = Counter(row["stage"] for row in rows)
+    return ", ".join(f"{count} steps of {stage}" for stage, count in steps.items()) or "no step yet"
+
+
+def _plan(path: Path) -> str:
+    return f"{100 * plans.load(path.parent).sparsity:.1f} % removed"
+
+
+def _checkpoint(folder: Path) -> str:
+    """Config, tokenizer, and the headers of all weight files, which must hold every tensor that the config asks for."""
+    config = AutoConfig.from_pretrained(checkpoint.find(str(folder), any_family=True), trust_remote_code=False)
+    weights, shapes = StoredWeights(folder), shapes_of(config)
+    tied = set(getattr(shapes, "all_tied_weights_keys", None) or {})
+    if missing := [name for name, _ in shapes.named_parameters() if name not in weights and name not in tied]:
+        raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    checkpoint.load_tokenizer(str(folder))
+    count = sum(parameter.numel() for parameter in shapes.parameters())
+    return f"{count / 1e6:,.1f} M parameters, {checkpoint.weight_bytes(folder) / 1e6:,.0f} MB"
+
+
+def _summary(path: Path) -> str:
+    loss = parse(path.read_bytes(), SUMMARY, str(path))["loss"]
+    return "loss " + ", ".join(f"{stage} {loss[stage]:.3f}" for stage in ("dense", "cut", "recovered") if stage in loss)
+
+
+def _page(path: Path) -> str:
+    if not path.read_bytes().rstrip().endswith(b"</html>"):
+        raise ValueError("it breaks off")
+    return "whole"
+
+
+def _evaluation(path: Path) -> str:
+    found = eval_file.read(path)
+    return f"{len(found['models'])} models, {sum(map(len, found['results'].values()))} figures"
+
+
+AGAIN = "compresso prune --config RUN/config.yaml --overwrite"
+PARTS = (
+    Part("config.yaml", _settings, "restore it; other commands read it"),
+    Part("env.json", _environment, "restore it, or write `{}` into it; it tells only about the machine"),
+    Part("metrics.jsonl", _metrics, "remove the line that is named; reports need whole ones"),
+    Part("progress.json", lambda path: f"{len(_object(path))} entries", "remove it; the run then starts anew"),
+    Part("plan.json", _plan, f"restore it and plan.safetensors, or run it again: {AGAIN}"),
+    Part("cut", _checkpoint, "remove it; `compresso extract MODEL RUN --output RUN/cut` makes it from the plan"),
+    Part("model", _checkpoint, "compresso recover RUN"),
+    Part("summary.json", _summary, f"restore it, or run it again: {AGAIN}"),
+    Part("report.html", _page, "compresso report RUN"),
+    Part("eval.json", _evaluation, "remove it, then `compresso evaluate RUN` measures again"),
+)
+"""In the order in which a run writes them."""
+
+
+def _leftovers(folder: Path) -> list[Finding]:
+    found = []
+    if (folder / STOPPED).is_dir():
+        told = "what had been learned when the run stopped; loads with peft or transformers, no command goes on from it"
+        found.append(Finding(STOPPED, "note", told))
+    for path in sorted(folder.glob("*.partial")):
+        found.append(Finding(path.name, "note", "left by a command that was stopped while it wrote", f"rm -r {path}"))
+    return found
+
+
+def _saved(folder: Path) -> list[Finding]:
+    """The checkpoints to go on from, the newest first."""
+    places = [place for place in (folder / CHECKPOINTS).glob("*") if place.is_dir()]
+    found = []
+    for place in sorted(places, key=lambda place: _age(place), reverse=True):
+        name = f"{CHECKPOINTS}/{place.name}"
+        try:
+            files = _object(place / "manifest.json")["files"]
+            for file, facts in files.items():
+                _verify(place / file, facts["bytes"], facts["sha256"])
+            found.append(Finding(name, "good", f"whole, {sum(f['bytes'] for f in files.values()) / 1e6:,.0f} MB"))
+        except FileNotFoundError as error:
+            missing = Path(error.filename or place).name
+            found.append(Finding(name, "note", f"unfinished: it has no {missing}", f"rm -r {place}"))
+        except UNREADABLE as error:
+            found.append(Finding(name, "wrong", checkpoint.first_line(error), f"rm -r {place}"))
+    return found
+
+
+def _age(place: Path) -> tuple[int, int]:
+    """Recovery follows pruning, and a later step an earlier one."""
+    stage, _, step = place.name.rpartition("-")
+    return stage == "recover", int(step) if step.isdecimal() else -1
+
+
+def _verify(file: Path, size: int, sha256: str) -> None:
+    """Raise ValueError unless a file is what its manifest says."""
+    if file.stat().st_size != size:
+        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, its manifest says {size:,}")
+    with file.open("rb") as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{file.name} has another sha256 than its manifest says")
+
+
+def _next(folder: Path, found: dict[str, Finding], saved: list[str]) -> Finding:
+    """How far the run came, and the command that goes on from there."""
+    good = {name for name, finding in found.items() if finding.state == "good"}
+    recovered = "summary.json" in good and "recovered" in json.loads((folder / "summary.json").read_bytes())["loss"]
+    if recovered and "model" in good:
+        wrong = [name for name, finding in found.items() if finding.state == "wrong"]
+        told = f"the run is finished{'; damaged: ' + ', '.join(wrong) if wrong else ''}"
+        return Finding("next", "good", f"{told}: {command('chat', folder)}")
+    if saved:
+        told = f"the run is unfinished; {saved[0]} is the newest checkpoint that is whole"
+        return Finding("next", "wrong", told, command("prune", "--resume", folder))
+    if {"config.yaml", "plan.json", "cut", "summary.json"} <= good:
+        what = "the recovered model is damaged or gone" if recovered else "the model is cut and not recovered"
+        return Finding("next", "wrong", what, command("recover", folder))
+    model = PruneConfig(**read_yaml(folder / "config.yaml")).model if "config.yaml" in good else "MODEL"
+    if "plan.json" in good and model != "demo" and not model.endswith(".gguf"):
+        told = "it was decided what to remove; the model was not saved"
+        return Finding("next", "wrong", told, command("extract", model, folder, "--output", f"{folder}-cut"))
+    if "config.yaml" in good:
+        again = command("prune", "--config", folder / "config.yaml", "--overwrite")
+        return Finding("next", "wrong", "the run is unfinished, and nothing of it can be continued", again)
+    return Finding("next", "wrong", "nothing of it can be continued", command("prune", "--help"))
