@@ -1,6 +1,5 @@
 """What `compresso doctor` says of machines and runs that lack something."""
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -12,9 +11,10 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
-from compresso import installation, prune, run_folder
+from compresso import installation, prune, run_folder, savepoints
 from compresso.cli import main
 from compresso.findings import Finding, show
+from compresso.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,16 @@ def half(file: Path) -> None:
 def test_a_finished_run_is_whole(finished, capsys):
     found = states(finished)
     assert {finding.state for finding in found.values()} == {"good"}
-    assert {"config.yaml", "env.json", "metrics.jsonl", "plan.json", "cut", "model", "summary.json"} <= set(found)
+    assert {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "plan.json",
+        "cut",
+        "model",
+        "progress.json",
+        "summary.json",
+    } <= set(found)
     assert {"report.html", "also/0.1"} <= set(found)
     assert found["metrics.jsonl"].told == "3 steps of prune, 1 steps of recover"
     assert f"compresso chat {finished}" in found["next"].told
@@ -56,7 +65,7 @@ def test_a_finished_run_is_whole(finished, capsys):
 @pytest.mark.parametrize(
     ("damage", "name", "told", "following"),
     [
-        (lambda run: half(run / "config.yaml"), "config.yaml", "", "compresso chat"),
+        (lambda run: (run / "config.yaml").write_text("[model"), "config.yaml", "is not valid YAML", "compresso chat"),
         (lambda run: (run / "env.json").write_text("["), "env.json", "env.json is damaged", "compresso chat"),
         (
             lambda run: half(run / "metrics.jsonl"),
@@ -65,10 +74,10 @@ def test_a_finished_run_is_whole(finished, capsys):
             "compresso chat",
         ),
         (lambda run: half(run / "plan.safetensors"), "plan.json", "plan.safetensors is damaged", "compresso chat"),
-        (lambda run: half(run / "model/model.safetensors"), "model", "the weights in", "compresso recover"),
+        (lambda run: half(run / "model/model.safetensors"), "model", "download it again", "compresso recover"),
         (lambda run: (run / "model/config.json").unlink(), "model", "no config.json", "compresso recover"),
-        (lambda run: half(run / "model/tokenizer.json"), "model", "the tokenizer of", "compresso recover"),
-        (lambda run: half(run / "cut/model.safetensors"), "cut", "the weights in", "compresso chat"),
+        (lambda run: half(run / "model/tokenizer.json"), "model", "tokenizer.json is damaged", "compresso recover"),
+        (lambda run: half(run / "cut/model.safetensors"), "cut", "download it again", "compresso chat"),
         (lambda run: half(run / "summary.json"), "summary.json", "summary.json is damaged", "compresso extract"),
         (lambda run: half(run / "report.html"), "report.html", "breaks off", "compresso chat"),
         (lambda run: (run / "eval.json").write_text("{}"), "eval.json", "is not an eval.json", "compresso chat"),
@@ -121,19 +130,13 @@ def unrecovered(run):
 
 
 def saved(run):
-    """Checkpoints as a run leaves them, the newest of which is torn."""
+    """Checkpoints as a run leaves them, the newest of which is torn, and one that was being written."""
     gone("model", "cut", "summary.json", "report.html", "also")(run)
-    for step, torn in ((90, False), (100, False), (1000, True)):
-        place = run / "checkpoints" / f"prune-{step}"
-        place.mkdir(parents=True)
-        (place / "adapter.safetensors").write_bytes(b"weights" * step)
-        digest = hashlib.sha256((place / "adapter.safetensors").read_bytes()).hexdigest()
-        files = {"adapter.safetensors": {"bytes": 7 * step, "sha256": digest}}
-        (place / "manifest.json").write_text(json.dumps({"files": files}))
-        if torn:
-            (place / "adapter.safetensors").write_bytes(b"Weights" * step)
-    (run / "checkpoints" / "prune-1010").mkdir()
-    (run / "progress.json").write_text('{"stage": "prune"}')
+    for step in (90, 100, 1000):
+        savepoints.save(run, "prune", step, {"weights": torch.ones(step)}, {}, keep=3)
+    half(run / "checkpoints/prune-001000/state-00001.safetensors")
+    (run / "checkpoints/prune-001010.partial").mkdir()
+    Progress().write(run)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def saved(run):
             "nothing of it can be continued",
             "compresso prune --config {run}/config.yaml --overwrite",
         ),
-        (saved, "checkpoints/prune-100 is the newest checkpoint that is whole", "compresso prune --resume {run}"),
+        (saved, "checkpoints/prune-000100 is the newest checkpoint that is whole", "compresso prune --resume {run}"),
     ],
 )
 def test_an_unfinished_run_says_how_to_go_on(run, stage, told, following, checkpoint, monkeypatch, capsys):
@@ -162,17 +165,16 @@ def test_an_unfinished_run_says_how_to_go_on(run, stage, told, following, checkp
     assert found["next"].do == following.format(run=run, model=checkpoint)
     assert main(["doctor", str(run)]) == 1
     if stage is saved:
-        assert found["checkpoints/prune-1000"].told == "adapter.safetensors has another sha256 than its manifest says"
-        assert found["checkpoints/prune-1010"].told == "unfinished: it has no manifest.json"
+        assert "bytes, 4,080 were written" in found["checkpoints/prune-001000"].told
+        assert found["checkpoints/prune-001010.partial"].told == "unfinished"
         assert found["progress.json"].state == "good"
 
 
 def test_what_was_left_by_a_stopped_command_is_only_a_note(run, monkeypatch):
     monkeypatch.setattr(installation, "examine", list)
     (run / "cut.partial").mkdir()
-    (run / "stopped").mkdir()
     found = states(run)
-    assert {found["cut.partial"].state, found["stopped"].state} == {"note"}
+    assert found["cut.partial"].state == "note"
     assert main(["doctor", str(run)]) == 0
 
 

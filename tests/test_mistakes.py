@@ -75,7 +75,7 @@ MISTAKES = [
     # the other commands
     ("recover rnu", ["no run folder rnu (did you mean 'run'?)"]),
     ("recover run", ["run has no summary.json", "`compresso doctor run` tells what can be continued"]),
-    ("report run", ["run has no summary.json", "`compresso doctor run` tells what can be continued"]),
+    ("report run", ["run has no summary.json", "`compresso prune --resume run`"]),
     ("chat notes.txt --message hi", ["notes.txt is a file; expected a checkpoint folder, a .gguf file or a hub id"]),
     ("chat run hello", ['compresso chat MODEL --message "hello"']),
     ("evaluate run --suite wikitxt@512", ["'wikitxt@512' is no perplexity; write wikitext2, ptb or c4"]),

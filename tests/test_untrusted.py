@@ -420,7 +420,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("k" * 1_000 + ": 1", "unknown setting"),
         ("clip: .nan", "clip must be a number"),
         ("lora_only: .inf", "lora_only must be a number"),
-        ("steps: {a: b}", "steps must be a int"),
+        ("steps: {a: b}", "steps must be a whole number"),
     ],
 )
 def test_settings_that_explode(refused, tmp_path, text, words):
@@ -530,4 +530,6 @@ def test_our_own_remote_code_is_copied_unchanged_and_takes_no_text(model, tmp_pa
         text = Path(module.__file__).read_text()
         assert not re.search(r"\b(open|eval|exec|compile|__import__|environ|subprocess)\b", text)
         imported = set(re.findall(r"^(?:from|import) (\S+)", text, re.MULTILINE))
-        assert imported <= {"copy", "torch", "transformers", "huggingface_hub.dataclasses"}
+        assert imported <= {"copy", "torch", "huggingface_hub.dataclasses"} | {
+            m for m in imported if m.startswith("transformers")
+        }

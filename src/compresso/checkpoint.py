@@ -88,7 +88,10 @@ def read_config(model: str | Path) -> tuple[PreTrainedConfig, int]:
 
     Raises ValueError if it describes no model, OSError if there is none.
     """
-    file = Path(hub.fetch(str(model), lambda: cached_file(str(model), "config.json")))
+    found = hub.fetch(str(model), lambda: cached_file(str(model), "config.json"))
+    if found is None:
+        raise FileNotFoundError("it has no config.json")
+    file = Path(found)
     untrusted.check_file(file, file.parent)
     untrusted.check_config(untrusted.read_json(file), file)
     try:

@@ -1,6 +1,5 @@
 """A run folder, file by file: what is whole, what is damaged, what can be continued, and what to run next."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -10,14 +9,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from compresso import checkpoint, eval_file
+from compresso import checkpoint, eval_file, progress, savepoints
 from compresso import plan as plans
 from compresso.config import PruneConfig, nearest_path, read_yaml
 from compresso.findings import Finding, command
 from compresso.schemas import METRICS, SUMMARY, parse
 from compresso.streamed import StoredWeights, shapes_of
 
-ALSO, CHECKPOINTS, STOPPED = "also", "checkpoints", "stopped"
+ALSO = "also"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError)
 
 
@@ -107,6 +106,11 @@ def _checkpoint(folder: Path) -> str:
     return f"{count / 1e6:,.1f} M parameters, {checkpoint.weight_bytes(folder) / 1e6:,.0f} MB"
 
 
+def _progress(path: Path) -> str:
+    now = progress.read(path.parent)
+    return f"{now.doing} is {'done' if now.done else 'unfinished'}"
+
+
 def _summary(path: Path) -> str:
     loss = parse(path.read_bytes(), SUMMARY, str(path))["loss"]
     return "loss " + ", ".join(f"{stage} {loss[stage]:.3f}" for stage in ("dense", "cut", "recovered") if stage in loss)
@@ -128,7 +132,7 @@ PARTS = (
     Part("config.yaml", _settings, "restore it; other commands read it"),
     Part("env.json", _environment, "restore it, or write `{}` into it; it tells only about the machine"),
     Part("metrics.jsonl", _metrics, "remove the line that is named; reports need whole ones"),
-    Part("progress.json", lambda path: f"{len(_object(path))} entries", "remove it; the run then starts anew"),
+    Part("progress.json", _progress, f"a run cannot go on without it; run it again: {AGAIN}"),
     Part("plan.json", _plan, f"restore it and plan.safetensors, or run it again: {AGAIN}"),
     Part("cut", _checkpoint, "remove it; `compresso extract MODEL RUN --output RUN/cut` makes it from the plan"),
     Part("model", _checkpoint, "compresso recover RUN"),
@@ -140,60 +144,46 @@ PARTS = (
 
 
 def _leftovers(folder: Path) -> list[Finding]:
-    found = []
-    if (folder / STOPPED).is_dir():
-        told = "what had been learned when the run stopped; loads with peft or transformers, no command goes on from it"
-        found.append(Finding(STOPPED, "note", told))
-    for path in sorted(folder.glob("*.partial")):
-        found.append(Finding(path.name, "note", "left by a command that was stopped while it wrote", f"rm -r {path}"))
-    return found
+    told = "left by a command that was stopped while it wrote"
+    return [Finding(path.name, "note", told, f"rm -r {path}") for path in sorted(folder.glob("*.partial"))]
 
 
 def _saved(folder: Path) -> list[Finding]:
     """The checkpoints to go on from, the newest first."""
-    places = [place for place in (folder / CHECKPOINTS).glob("*") if place.is_dir()]
+    places = [place for place in (folder / savepoints.FOLDER).glob("*-*") if place.is_dir()]
     found = []
     for place in sorted(places, key=lambda place: _age(place), reverse=True):
-        name = f"{CHECKPOINTS}/{place.name}"
+        name = f"{savepoints.FOLDER}/{place.name}"
+        if place.suffix:
+            found.append(Finding(name, "note", "unfinished", f"rm -r {place}"))
+            continue
         try:
-            files = _object(place / "manifest.json")["files"]
-            for file, facts in files.items():
-                _verify(place / file, facts["bytes"], facts["sha256"])
-            found.append(Finding(name, "good", f"whole, {sum(f['bytes'] for f in files.values()) / 1e6:,.0f} MB"))
-        except FileNotFoundError as error:
-            missing = Path(error.filename or place).name
-            found.append(Finding(name, "note", f"unfinished: it has no {missing}", f"rm -r {place}"))
-        except UNREADABLE as error:
-            found.append(Finding(name, "wrong", checkpoint.first_line(error), f"rm -r {place}"))
+            savepoints.read(place)
+            size = sum(file.stat().st_size for file in place.iterdir())
+            found.append(Finding(name, "good", f"whole, {size / 1e6:,.0f} MB"))
+        except savepoints.Damaged as error:
+            found.append(Finding(name, "wrong", str(error), f"rm -r {place}"))
     return found
 
 
-def _age(place: Path) -> tuple[int, int]:
+def _age(place: Path) -> tuple[bool, int]:
     """Recovery follows pruning, and a later step an earlier one."""
-    stage, _, step = place.name.rpartition("-")
+    stage, _, step = place.stem.rpartition("-")
     return stage == "recover", int(step) if step.isdecimal() else -1
-
-
-def _verify(file: Path, size: int, sha256: str) -> None:
-    """Raise ValueError unless a file is what its manifest says."""
-    if file.stat().st_size != size:
-        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, its manifest says {size:,}")
-    with file.open("rb") as content:
-        if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
-            raise ValueError(f"{file.name} has another sha256 than its manifest says")
 
 
 def _next(folder: Path, found: dict[str, Finding], saved: list[str]) -> Finding:
     """How far the run came, and the command that goes on from there."""
     good = {name for name, finding in found.items() if finding.state == "good"}
+    if {"config.yaml", "progress.json"} <= good and not progress.read(folder).done:
+        where = f"{saved[0]} is the newest checkpoint that is whole" if saved else "no checkpoint was written yet"
+        told = f"the run is unfinished; {where}"
+        return Finding("next", "wrong", told, command("prune", "--resume", folder))
     recovered = "summary.json" in good and "recovered" in json.loads((folder / "summary.json").read_bytes())["loss"]
     if recovered and "model" in good:
         wrong = [name for name, finding in found.items() if finding.state == "wrong"]
         told = f"the run is finished{'; damaged: ' + ', '.join(wrong) if wrong else ''}"
         return Finding("next", "good", f"{told}: {command('chat', folder)}")
-    if saved:
-        told = f"the run is unfinished; {saved[0]} is the newest checkpoint that is whole"
-        return Finding("next", "wrong", told, command("prune", "--resume", folder))
     if {"config.yaml", "plan.json", "cut", "summary.json"} <= good:
         what = "the recovered model is damaged or gone" if recovered else "the model is cut and not recovered"
         return Finding("next", "wrong", what, command("recover", folder))

@@ -70,7 +70,7 @@ def newest(run: Path, stage: str) -> tuple[Savepoint | None, list[str]]:
     wrong: list[str] = []
     for folder in _folders(run, stage):
         try:
-            return _read(folder), wrong
+            return read(folder), wrong
         except Damaged as error:
             wrong.append(str(error))
     return None, wrong
@@ -88,7 +88,8 @@ def _folders(run: Path, stage: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
-def _read(folder: Path) -> Savepoint:
+def read(folder: Path) -> Savepoint:
+    """One state. Raises Damaged, naming the file, unless all of it is what was written."""
     manifest = folder / MANIFEST
     try:
         files = dict(json.loads(manifest.read_bytes())["files"])
