@@ -30,7 +30,7 @@ browser:
 	command -v chromedriver > /dev/null || { apt-get update -qq && apt-get install -yqq chromium chromium-driver; } > /dev/null || true
 
 test: lint browser
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2
 
 # make test-faults KILLS=1000 FAULTS=500 for a night
 test-faults: setup

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,14 +128,21 @@ class Harness:
         shutil.rmtree(place)
         self.faults += "No space left" in told
 
-    def _child(self, place: Path, work: Callable[[], None], end: Callable[[int], None] | None) -> int:
+    def _child(self, place: Path, work: Callable[[], Any], end: Callable[[int], None] | None) -> int:
         child = os.fork()
         if not child:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an earlier command in this process may have set another
             log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os.chdir(place)
-            os._exit(_exit_code(work))
+            code = 1
+            try:
+                os.chdir(place)
+                code = _exit_code(work)
+            except BaseException:  # the parent's stack is not ours to go up
+                traceback.print_exc()
+            finally:
+                os._exit(code)
         if end:
             end(child)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -186,9 +194,9 @@ def _further(place: Path) -> bool:
     return json.loads((place / "run" / "summary.json").read_text()).get("recovery", {}).get("further", False)
 
 
-def _exit_code(work: Callable[[], None]) -> int:
+def _exit_code(work: Callable[[], Any]) -> int:
     """As the command line would end."""
-    compresso.cli.COMMANDS["work"] = lambda _: work()
+    compresso.cli.COMMANDS["work"] = lambda _: work() and None
     return command(["work"])
 
 

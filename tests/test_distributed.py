@@ -153,5 +153,5 @@ def test_a_launch_that_asks_for_split_weights_is_understood(kind, stage, split):
 def test_splitting_in_one_process_is_refused(checkpoint, data, tmp_path, capsys):
     words = ["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "run"), "--sharded"]
     assert main(["prune", *words]) == 2
-    assert "launch with torchrun or accelerate" in capsys.readouterr().err
+    assert "launch with accelerate, or with torchrun" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -83,7 +83,7 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     assert "--gpus must be above 0" in capsys.readouterr().err
     (bare / "config.json").write_text("{")
     assert main(["estimate", "--model", str(bare)]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compresso
-from compresso import plan, train
+from compresso import plan
 from compresso.chat import chat, compare
 from compresso.families import FAMILIES
-from compresso.lagrangian import make_schedule
+from compresso.lagrangian import Lagrangian, make_schedule
 from compresso.masks import Gates, Masks
 from compresso.prepare import prepare
 from compresso.shape import UNITS, count_prunable, describe
@@ -337,7 +337,7 @@ def test_planted_structure_is_found():
     shape = describe(model)
     target = planted.sum().item() * 3 * 32 / count_prunable(model) * 0.9
     masks = Masks(shape, {"intermediate": 2.0})
-    lagrangian = train.Lagrangian(make_schedule(150, 0.0, 0.4, target, "linear"), masks)
+    lagrangian = Lagrangian(make_schedule(150, 0.0, 0.4, target, "linear"), masks)
     gates = Gates(model, shape)
     optimizer, noise = torch.optim.Adam(masks.parameters(), lr=0.1), torch.Generator().manual_seed(0)
     for step in range(150):

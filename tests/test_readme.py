@@ -50,7 +50,7 @@ def test_commands(place, checkpoint, data, local, monkeypatch, capsys):
         for flag, value in (("--model", checkpoint), ("--data", data)):
             if flag in words:
                 words[words.index(flag) + 1] = str(value)
-        if words[0] == "prune":
+        if words[0] == "prune" and "--resume" not in words:
             words += QUICK
         if words[0] in ("evaluate", "compare"):
             words = [str(checkpoint) if word == "demo" else word for word in words]
