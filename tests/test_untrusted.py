@@ -1,6 +1,7 @@
 """Hostile checkpoints and files: each ends in exit code 2 and a message, before anything is run or allocated."""
 
 import ast
+import copy
 import json
 import os
 import pickle
@@ -521,6 +522,7 @@ def test_our_own_remote_code_is_copied_unchanged_and_takes_no_text(model, tmp_pa
     dense = tiny_model("llama")
     dense.config._name_or_path = "'''); import os; os.mkdir('it ran')"
     smaller = extract(dense, random_plan(dense))
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ '<script>' }}"
     checkpoints.save(smaller, tokenizer, find_prompt("none", "alpaca"), tmp_path / "new", "card")
     code = [file for file in (tmp_path / "new").iterdir() if file.suffix == ".py"]
