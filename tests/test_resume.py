@@ -84,6 +84,8 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(place, whole, monkeypatch, step):
         compresso.prune(**{**place, "checkpoint_seconds": 1e6})
     assert stopped.value.exit_code == INTERRUPTED
     assert len(metrics()) == step - 1
+    with pytest.raises(ValueError, match=r"exists and is not empty.*; `compresso prune --resume run` goes on"):
+        compresso.prune(**place)
     assert main(["prune", "--resume", "run"]) == 0
     differing = differences(whole, Path("run").resolve())
     assert set(differing) <= {"config.yaml"}, differing

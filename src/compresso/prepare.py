@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,7 @@ from compresso.families import family_of
 from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
 from compresso.progress import Progress
+from compresso.progress import read as read_progress
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, Source, files_of, parts_of, read_sources
 from compresso.self_data import write_records
@@ -49,6 +51,7 @@ def prepare(
     With `progress` the folder is there already; `source` is then a model to take instead of the run's. What goes on in
     it, rather than `begins`, must find model, records and launch as they were: raises ValueError otherwise.
     """
+    began = time.perf_counter()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = Path(config.output)
@@ -108,6 +111,7 @@ def prepare(
         tuning.chosen(config, parameters, place is None),
         {"stored_dtype": stored},
         progress,
+        began,
         place=place,
     )
 
@@ -254,7 +258,10 @@ def _check_output(config: PruneConfig) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not config.overwrite:
-        raise ValueError(f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it")
+        go_on = f"; `compresso prune --resume {folder}` goes on with the run in it" if _unfinished(folder) else ""
+        raise ValueError(
+            f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it{go_on}"
+        )
     if not all((folder / name).is_file() for name in RUN_MARKS):
         marks = " and ".join(RUN_MARKS)
         raise ValueError(
@@ -265,6 +272,13 @@ def _check_output(config: PruneConfig) -> None:
         path = Path(name.strip().rpartition(":")[0] or name.strip())
         if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
+
+
+def _unfinished(folder: Path) -> bool:
+    try:
+        return not read_progress(folder).done
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
