@@ -1,20 +1,25 @@
 """Fixtures: a tiny tokenizer with a chat template, tiny checkpoints on disk, records."""
 
+import gc
 import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
 
+import hypothesis  # noqa: F401  (what it finds of other libraries it must find before gc.freeze)
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import compresso.evaluation
+import compresso.report  # noqa: F401
 from documents import write_documents
 from tiny import tiny_model, tiny_tokenizer, write_records
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+gc.freeze()  # runs collect often, and half of their time would go into what libraries made on import
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and two processes would crawl
 
 

@@ -1,5 +1,6 @@
 """The command line: parse, build the config, call one function, turn errors into messages."""
 
+import gc
 import logging
 import os
 import sys
@@ -140,6 +141,7 @@ def _prune(args: list[str]) -> None:
             raise ValueError(f"--resume goes on with the settings of the run; leave out {' '.join(args)}")
         from compresso.pipeline import resume
 
+        gc.freeze()
         resume(run)
         return
     args, path = _take(args, "--config", True)
@@ -158,6 +160,7 @@ def _prune(args: list[str]) -> None:
         return
     from compresso.pipeline import prune
 
+    gc.freeze()  # runs collect every few steps, which need not look at what libraries made on import
     prune(config)
 
 
@@ -194,6 +197,7 @@ def _recover(args: list[str]) -> None:
     run, further, given = tyro.cli(settings, args=args, prog="compresso recover", description=RECOVER)
     from compresso.pipeline import recover
 
+    gc.freeze()
     recover(run, further=further, **given)
 
 

@@ -126,7 +126,8 @@ class Workbench:
             self.began = time.perf_counter() - found.facts["seconds"]
             console.print(f"{stage} goes on after step {training.step}", markup=False, highlight=False)
         if self.writes:
-            order_metrics(self.folder / METRICS, stage, training, self.progress.rows)
+            rows = order_metrics(self.folder / METRICS, stage, training, self.progress.rows)
+            self.facts.setdefault("operations", {})[stage] = sum(row["operations"] for row in rows)
 
     def follow(self, stage: str, training: Training, rows: Iterator[dict], steps: int) -> None:
         """Run the loop to its end: progress bar, metrics.jsonl, tracker, checkpoints.
@@ -206,10 +207,11 @@ class _Saved:
         return not seconds or time.perf_counter() - self.at >= max(seconds, self.took / SAVING)
 
 
-def order_metrics(path: Path, stage: str, training: Training, before: int) -> None:
+def order_metrics(path: Path, stage: str, training: Training, before: int) -> list[dict[str, Any]]:
     """Leave of the rows after the first `before` those of other stages, and of this one those up to the state's step.
 
-    A row that was torn, or of a step that will be made again, goes; that of the last step is added if it is missing.
+    A row that was torn, or of a step that will be made again, goes; that of the last step is added if it is missing: a
+    signal may come once a step is made. Returns the stage's own rows.
     """
     kept: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else ()):
@@ -220,6 +222,7 @@ def order_metrics(path: Path, stage: str, training: Training, before: int) -> No
     if training.row and (not kept or (kept[-1]["stage"], kept[-1]["step"]) != (stage, training.step)):
         kept.append({"stage": stage, **training.row})
     whole_files.write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return [row for row in kept[before:] if row["stage"] == stage]
 
 
 def _note(row: dict, rate: float) -> str:
