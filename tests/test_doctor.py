@@ -15,6 +15,7 @@ from compresso import installation, prune, run_folder, savepoints
 from compresso.cli import main
 from compresso.findings import Finding, show
 from compresso.progress import Progress
+from tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,13 @@ def test_tensors_that_the_config_asks_for_and_no_file_has(checkpoint, tmp_path):
     (found,) = run_folder.examine(folder)
     assert found.state == "wrong"
     assert "9 tensors are missing, the first is model.layers.3." in found.told
+
+
+def test_tensors_that_files_call_by_another_name_are_there(tokenizer, tmp_path):
+    tiny_model("gpt_neox").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (found,) = run_folder.examine(tmp_path)
+    assert found.state == "good", found.told
 
 
 def gone(*names):

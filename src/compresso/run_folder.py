@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from compresso import checkpoint, eval_file, progress, savepoints
 from compresso import plan as plans
 from compresso.config import PruneConfig, nearest_path, read_yaml
+from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family
 from compresso.findings import Finding, command
 from compresso.schemas import METRICS, SUMMARY, parse
 from compresso.streamed import StoredWeights, shapes_of
@@ -97,7 +98,8 @@ def _plan(path: Path) -> str:
 def _checkpoint(folder: Path) -> str:
     """Config, tokenizer, and the headers of all weight files, which must hold every tensor that the config asks for."""
     config = AutoConfig.from_pretrained(checkpoint.find(str(folder), any_family=True), trust_remote_code=False)
-    weights, shapes = StoredWeights(folder), shapes_of(config)
+    family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX), Family())
+    weights, shapes = StoredWeights(folder, family.stored_names), shapes_of(config)
     tied = set(getattr(shapes, "all_tied_weights_keys", None) or {})
     if missing := [name for name, _ in shapes.named_parameters() if name not in weights and name not in tied]:
         raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
