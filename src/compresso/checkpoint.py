@@ -324,20 +324,17 @@ def write(
     write_weights: Callable[[Path], None],
 ) -> None:
     """As `save`; `write_weights` puts weights and config into the folder that it is given."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     config.collaborative_prompt = asdict(prompt)
-    for module, file in REMOTE_CODE.items():
-        for classes in module.CLASSES:
-            if classes[0] is type(config):
-                auto, stem = ("AutoConfig", "AutoModel", "AutoModelForCausalLM"), file.removesuffix(".py")
-                config.auto_map = {name: f"{stem}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
-                shutil.copyfile(str(module.__file__), partial / file)
-    write_weights(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    whole_files.take_place(partial, folder)
+    with whole_files.new_folder(folder) as partial:
+        for module, file in REMOTE_CODE.items():
+            for classes in module.CLASSES:
+                if classes[0] is type(config):
+                    auto, stem = ("AutoConfig", "AutoModel", "AutoModelForCausalLM"), file.removesuffix(".py")
+                    config.auto_map = {name: f"{stem}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
+                    shutil.copyfile(str(module.__file__), partial / file)
+        write_weights(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def prompt_of(config: PreTrainedConfig) -> CollaborativePrompt | None:

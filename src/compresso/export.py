@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compresso import checkpoint, nemotron_nas
+from compresso import checkpoint, nemotron_nas, whole_files
 from compresso.config import nearest
 from compresso.families import FAMILIES, PER_LAYER_PREFIX
 from compresso.padding import alike, largest, pad, padded_config, with_equal_queries
@@ -97,30 +96,21 @@ def export(run: str, to: str, output: str, kind: str = "f16") -> dict[str, Any]:
         model, tokenizer = checkpoint.load(place)
     if shapes is None:
         form.refuse(model, tokenizer)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    made = Export(model, tokenizer, partial, Path(run).name, kind)
-    try:
+    with whole_files.new_folder(folder) as partial:
+        made = Export(model, tokenizer, partial, Path(run).name, kind)
         with status(f"writing {folder}"):
             form.write(made)
         release_memory()
         with status(f"loading what was written, and comparing it with {run}"):
             difference = _difference(made, form, kind if to == "gguf" else "f32")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    facts = {
-        "format": to,
-        "model": run,
-        "bytes": sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
-        **({"type": kind} if to == "gguf" else {}),
-        **difference,
-    }
-    (partial / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+        facts = {
+            "format": to,
+            "model": run,
+            "bytes": sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
+            **({"type": kind} if to == "gguf" else {}),
+            **difference,
+        }
+        (partial / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
 

@@ -174,9 +174,8 @@ def _begin_recovery(bench: Workbench, base: Path) -> None:
     folder, now = bench.folder, bench.progress
     savepoints.remove(folder)
     if now.further:
-        partial = folder / savepoints.FOLDER / f"start{whole_files.PARTIAL}"
-        shutil.copytree(base, partial, copy_function=_link)
-        whole_files.take_place(partial, partial.with_name("start"))
+        with whole_files.new_folder(folder / savepoints.FOLDER / "start") as new:
+            shutil.copytree(base, new, copy_function=_link, dirs_exist_ok=True)
     now.rows = _metrics_rows(folder / METRICS, of_recovery=now.further)
     now.write(folder)
 
@@ -268,10 +267,8 @@ def _leave(bench: Workbench, dense: dict[str, Any], model: PreTrainedModel, plan
 def _unrecovered(bench: Workbench, summary: dict[str, Any]) -> None:
     """The cut model is the result."""
     if bench.writes:
-        partial = bench.folder / f"model{whole_files.PARTIAL}"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(bench.folder / "cut", partial)
-        whole_files.take_place(partial, bench.folder / "model")
+        with whole_files.new_folder(bench.folder / "model") as new:
+            shutil.copytree(bench.folder / "cut", new, dirs_exist_ok=True)
     bench.accelerator.wait_for_everyone()
     for key in ("loss", "perplexity", "sample"):
         summary[key]["recovered"] = summary[key]["cut"]

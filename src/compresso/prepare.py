@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -322,13 +321,10 @@ def _make_folder(config: PruneConfig, accelerator: Accelerator, progress: Progre
     if not accelerator.is_main_process:
         return
     folder = Path(config.output)
-    partial = folder.with_name(folder.name + whole_files.PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "config.yaml").write_text(config.to_yaml())
-    (partial / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
-    (partial / PROGRESS).write_bytes(progress.to_json())
-    whole_files.take_place(partial, folder)
+    with whole_files.new_folder(folder) as partial:
+        (partial / "config.yaml").write_text(config.to_yaml())
+        (partial / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
+        (partial / PROGRESS).write_bytes(progress.to_json())
 
 
 def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) -> list[Source]:

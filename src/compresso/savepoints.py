@@ -47,19 +47,15 @@ def save(run: Path, stage: str, step: int, tensors: dict[str, Tensor], facts: di
     Raises OSError if the disk does not take it; what was there before is whole then.
     """
     folder = run / FOLDER / f"{stage}-{step:06d}"
-    partial = folder.with_name(folder.name + whole_files.PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        for number, part in enumerate(_parts(tensors), 1):
-            save_file(part, partial / f"state-{number:05d}.safetensors")
-        (partial / FACTS).write_text(json.dumps(facts))
-        written = sorted(partial.iterdir())
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in written}
-        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
-        whole_files.take_place(partial, folder)
+        with whole_files.new_folder(folder) as partial:
+            for number, part in enumerate(_parts(tensors), 1):
+                save_file(part, partial / f"state-{number:05d}.safetensors")
+            (partial / FACTS).write_text(json.dumps(facts))
+            written = sorted(partial.iterdir())
+            files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in written}
+            (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)  # its room may be what others lack
         raise OSError(f"the checkpoint {folder} could not be written: {error}") from error
     for old in _folders(run, stage)[keep:]:
         shutil.rmtree(old, ignore_errors=True)

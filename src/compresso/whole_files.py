@@ -5,6 +5,8 @@ What is new is written beside the old under another name, brought to the disk (f
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 OLD, PARTIAL = ".old", ".partial"
@@ -21,7 +23,24 @@ def write(path: Path, content: bytes) -> None:
     _sync(path.parent)
 
 
-def take_place(partial: Path, folder: Path) -> None:
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` to fill inside, which takes its name when that has ended well, or goes.
+
+    Raises OSError.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _take_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # its room may be what others lack
+        raise
+
+
+def _take_place(partial: Path, folder: Path) -> None:
     """Let a finished folder take the name of one that may be there. Raises OSError.
 
     Folders have no replacement in one step: the one before is called `FOLDER.old` for a moment. `heal` gives the name
@@ -40,7 +59,7 @@ def take_place(partial: Path, folder: Path) -> None:
 
 
 def heal(folder: Path) -> None:
-    """Undo a `take_place` that was cut short after the old folder had given up its name, or end it."""
+    """Undo a `new_folder` that was cut short after the old folder had given up its name, or end it."""
     old = folder.with_name(folder.name + OLD)
     if old.is_dir() and not folder.exists():
         old.rename(folder)
