@@ -95,7 +95,7 @@ def read_config(model: str | Path) -> tuple[PreTrainedConfig, int]:
     untrusted.check_file(file, file.parent)
     untrusted.check_config(untrusted.read_json(file), file)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(file.parent, trust_remote_code=False)  # what was looked at
         return config, _count(config)
     except Exception as error:  # whatever a model's class raises for values that it did not expect
         raise ValueError(f"{model}/config.json cannot be read: {first_line(error)}") from error
