@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import compresso
 from compresso import savepoints, train
 from compresso.cli import main
 from compresso.stopping import DIVERGED, INTERRUPTED, NO_MEMORY, NO_ROOM, Stopped
-from faults import VARIANTS, Harness, differences
+from faults import VARIANTS, Harness, contents, differences
 from tiny import QUICK
 
 SETTINGS = {**QUICK, "target_sparsity": 0.3, "checkpoint_seconds": 0.0, "warm_start": False}
@@ -272,3 +274,24 @@ def test_a_recovery_that_was_stopped_goes_on(whole, tmp_path, monkeypatch):
         compresso.recover("run", recover_steps=6, learning_rate=1e-4)
     compresso.resume("run")
     assert not differences(tmp_path / "left alone" / "run", tmp_path / "stopped" / "run")
+
+
+def test_two_commands_do_not_work_in_one_run(whole, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, "run")
+    progress = json.loads(Path("run/progress.json").read_text())
+    Path("run/progress.json").write_text(json.dumps({**progress, "done": False}))
+    holding = "import sys\nfrom pathlib import Path\nfrom compresso.one_at_a_time import alone_in\n"
+    holding += "with alone_in(Path('run')):\n    print(flush=True)\n    sys.stdin.read()\n"
+    with subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        before = contents(Path("run"))
+        settings = ["--config", "run/config.yaml"]
+        for words in (["prune", "--resume", "run"], ["recover", "run"], ["prune", *settings, "--overwrite"]):
+            assert main(words) == 2
+            assert "another command is at work in run" in capfd.readouterr().err
+        assert contents(Path("run")) == before
+        assert main(["doctor", "run"]) == 0
+        assert "a command is at work in it" in capfd.readouterr().out
+        other.kill()  # the lock goes with the process
+    assert main(["prune", "--resume", "run"]) == 0

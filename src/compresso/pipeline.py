@@ -26,6 +26,7 @@ from compresso.cost import measure_costs
 from compresso.extract import extract
 from compresso.masks import gated
 from compresso.methods import METHODS
+from compresso.one_at_a_time import alone_in
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
 from compresso.prepare import load_parts, prepare, read_records, versions
@@ -53,7 +54,9 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     run folder is touched; stopping.Stopped tells what a run that ended early has kept.
     """
     config = replace(config, **settings) if config else PruneConfig(**settings)
-    return _to_the_end(prepare(config), _prune)
+    bench = prepare(config)
+    with alone_in(bench.folder):
+        return _to_the_end(bench, _prune)
 
 
 def resume(run: str) -> dict[str, Any]:
@@ -67,7 +70,8 @@ def resume(run: str) -> dict[str, Any]:
     if progress.read(folder).done:
         console.print(f"{folder} is finished; nothing is left to do", markup=False, highlight=False)
         return _read_summary(folder)
-    return _to_the_end(*_again(folder))
+    with alone_in(folder):
+        return _to_the_end(*_again(folder))
 
 
 def _to_the_end(bench: Workbench, work: Callable[[Workbench], dict[str, Any]]) -> dict[str, Any]:
@@ -136,7 +140,8 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     if not replace(of_run, **settings).recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do")
     now = Progress(doing="recover", settings=settings, further=further)
-    return _to_the_end(_ready_to_recover(of_run, now, begins=True), _recover_again)
+    with alone_in(folder):
+        return _to_the_end(_ready_to_recover(of_run, now, begins=True), _recover_again)
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

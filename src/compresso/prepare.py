@@ -24,6 +24,7 @@ from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, 
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
 from compresso.families import family_of
+from compresso.one_at_a_time import alone_in
 from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
 from compresso.progress import Progress
@@ -271,6 +272,8 @@ def _check_output(config: PruneConfig) -> None:
         path = Path(name.strip().rpartition(":")[0] or name.strip())
         if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
+    with alone_in(folder):  # a run that is under way is not replaced
+        pass
 
 
 def _unfinished(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from compresso import plan as plans
 from compresso.config import PruneConfig, nearest_path, read_yaml
 from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family
 from compresso.findings import Finding, command
+from compresso.one_at_a_time import alone_in
 from compresso.schemas import METRICS, SUMMARY, parse
 from compresso.streamed import StoredWeights, shapes_of
 
@@ -179,8 +180,12 @@ def _next(folder: Path, found: dict[str, Finding], saved: list[str]) -> Finding:
     good = {name for name, finding in found.items() if finding.state == "good"}
     if {"config.yaml", "progress.json"} <= good and not progress.read(folder).done:
         where = f"{saved[0]} is the newest checkpoint that is whole" if saved else "no checkpoint was written yet"
-        told = f"the run is unfinished; {where}"
-        return Finding("next", "wrong", told, command("prune", "--resume", folder))
+        try:
+            with alone_in(folder):
+                told = f"the run is unfinished; {where}"
+                return Finding("next", "wrong", told, command("prune", "--resume", folder))
+        except ValueError:
+            return Finding("next", "good", f"a command is at work in it; {where}")
     recovered = "summary.json" in good and "recovered" in json.loads((folder / "summary.json").read_bytes())["loss"]
     if recovered and "model" in good:
         wrong = [name for name, finding in found.items() if finding.state == "wrong"]
