@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from compresso import quantised
 from compresso.cli import COMMANDS, main
@@ -57,6 +58,10 @@ MISTAKES = [
     ("prune --model empty --data records.jsonl", ["empty has no config.json", "expected config.json, *.safetensors"]),
     ("prune --model adapter --data records.jsonl", ["it holds an adapter, merge it first"]),
     ("prune --model run --data records.jsonl", ["it is a run folder, pass run/model"]),
+    (
+        "prune --model words --data records.jsonl --prompt short --device cpu --output out",
+        ["no usable record", "gives the token '|>' the number", "the model's embedding has 300 rows"],
+    ),
     # data
     (f"{PRUNE} --data recrods.jsonl", ["no data file recrods.jsonl (did you mean 'records.jsonl'?)", ".parquet"]),
     (f"{PRUNE} --data empty.jsonl", ["empty.jsonl is empty", "Expected instruction/input/output, messages or text"]),
@@ -118,6 +123,10 @@ def place(tmp_path_factory, checkpoint, data) -> Path:
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
+    shutil.copytree(checkpoint, folder / "words")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens([*(f"<{number}>" for number in range(300)), "|>"])
+    tokenizer.save_pretrained(folder / "words")
     return folder
 
 

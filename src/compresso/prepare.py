@@ -86,6 +86,7 @@ def prepare(
     sources, held_out = take_held_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, min(WINDOW, context or WINDOW), shorter=True)
+    _check_tokens(windows.flatten().tolist(), tokenizer, model.config.vocab_size)
     if new and config.records != "self":
         _make_folder(config, accelerator, progress)
     which = "smaller model" if source else "model"
@@ -346,14 +347,18 @@ def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) 
 def read_records(
     config: PruneConfig, model: PreTrainedModel, encoder: Encoder, prompt: CollaborativePrompt
 ) -> list[Source] | list[Stream]:
-    """The records that `config` names, without those that the chat template refuses; says what was left out.
+    """The records that `config` names, without those that chat template or model cannot take; says what was left out.
 
     Raises ValueError or FileNotFoundError for a source without a usable record.
     """
+    rows = model.config.vocab_size
+    larger = max(encoder.tokenizer.get_vocab().values()) >= rows  # only then is a record tokenised here
 
     def refusal(record: Record) -> str | None:
         try:
             encoder.split_text(record, prompt)
+            if larger:
+                _check_tokens(encoder.encode(record, prompt).ids, encoder.tokenizer, rows)
         except ValueError as error:
             return str(error)
         return None
@@ -382,6 +387,15 @@ def read_records(
         if not kept:
             raise ValueError(f"no usable record: {source.report()}")
     return sources
+
+
+def _check_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raise ValueError if a token has no row in an embedding of so many."""
+    if (highest := max(ids, default=0)) >= rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise ValueError(
+            f"the tokenizer gives the token {token!r} the number {highest}, and the model's embedding has {rows} rows"
+        )
 
 
 def _text(config: PruneConfig) -> str | None:
