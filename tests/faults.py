@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -76,7 +77,7 @@ class Harness:
             self._begin(place, variant)
             (place / "seconds").write_text("0")
             began = time.perf_counter()
-            assert self.attempt(place, variant, None) == 0, (place / "log").read_text()
+            assert self.attempt(place, variant, None) == 0, log_of(place).read_text()
             (place / "seconds").write_text(str(time.perf_counter() - began))
         return place / "run", float((place / "seconds").read_text())
 
@@ -88,7 +89,7 @@ class Harness:
             if not finished.exists():
                 finished.mkdir()
                 code = self._child(finished, lambda: compresso.prune(**self.settings(variant)), None)
-                assert code == 0, (finished / "log").read_text()
+                assert code == 0, log_of(finished).read_text()
             shutil.copytree(finished / "run", place / "run")
 
     def attempt(self, place: Path, variant: str, end: Callable[[int], None] | None, failing: int = 0) -> int:
@@ -118,22 +119,46 @@ class Harness:
         self._begin(place, variant)
         self.runs += 1
         code = self.attempt(place, variant, None, failing=rng.randrange(1, CALLS))
-        told = (place / "log").read_text()
+        told = log_of(place).read_text()
         assert "Traceback" not in told, told
         assert code in (0, 2, NO_ROOM), f"{code}: {told}"  # 2: before the run folder was there
         while code or (variant == "recover" and not _further(place)):
             code = self.attempt(place, variant, None)
-            assert code == 0, (place / "log").read_text()
+            assert code == 0, log_of(place).read_text()
         differing = differences(reference, place / "run")
         assert not differing, f"{place} differs: {differing}"
         shutil.rmtree(place)
         self.faults += "No space left" in told
 
+    def fill(self, variant: str, kilobytes: int) -> int:
+        """Let a run go on in a file system of its own that grows by so much whenever it is full; how often it was.
+
+        Raises AssertionError, and subprocess.CalledProcessError where nobody may mount.
+        """
+        reference, _ = self.whole(variant)
+        place = self.folder / f"small {self.runs}"
+        place.mkdir()
+        self.runs += 1
+        full, size = 0, kilobytes
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place], check=True, capture_output=True)
+        try:
+            while code := self.attempt(place, variant, None):
+                told = log_of(place).read_text()
+                assert "Traceback" not in told, told
+                assert code in (2, NO_ROOM), f"{code}: {told}"
+                full, size = full + 1, size + kilobytes
+                subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True)
+            differing = differences(reference, place / "run")
+            assert not differing, f"{place} differs: {differing}"
+        finally:
+            subprocess.run(["umount", place], check=True)
+        return full
+
     def _child(self, place: Path, work: Callable[[], Any], end: Callable[[int], None] | None) -> int:
         child = os.fork()
         if not child:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an earlier command in this process may have set another
-            log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(log_of(place), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             code = 1
@@ -162,7 +187,7 @@ class Harness:
             code = self.attempt(place, variant, None if after is None else _after(after, number, waits))
             if code == 0 and (variant != "recover" or _further(place)):
                 break
-            said = (place / "log").read_text()
+            said = log_of(place).read_text()
             assert code in (-signal.SIGKILL, -signal.SIGTERM, 143), said
             self.graceful += waits if code == 143 else []
             killed += 1
@@ -171,6 +196,11 @@ class Harness:
         shutil.rmtree(place)
         self.kills += killed
         return killed
+
+
+def log_of(place: Path) -> Path:
+    """What the attempts in a place said."""
+    return place.with_name(f"{place.name}.log")
 
 
 def full_at(call: int) -> None:
@@ -259,6 +289,11 @@ def main() -> None:
         for number in range(int(os.environ.get("FAULTS", "25"))):
             harness.fail(variants[number % len(variants)], rng)
             print(f"{harness.faults} failing calls to the disk in {number + 1} runs, all alike", flush=True)
+        try:
+            full = sum(harness.fill(variant, 300) for variant in ("all weights", "own records"))
+            print(f"a disk that was full {full} times in 2 runs, all alike", flush=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no disk was filled: nobody may mount one here ({error})")
         terms = harness.graceful or [0.0]
         print(
             f"{harness.kills} kills and {harness.faults} failing calls to the disk in {harness.runs} runs of "

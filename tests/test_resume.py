@@ -14,6 +14,7 @@ import torch
 import compresso
 from compresso import savepoints, train
 from compresso.cli import main
+from compresso.setbacks import stopped
 from compresso.stopping import DIVERGED, INTERRUPTED, NO_MEMORY, NO_ROOM, Stopped
 from faults import VARIANTS, Harness, contents, differences
 from tiny import QUICK
@@ -295,3 +296,8 @@ def test_two_commands_do_not_work_in_one_run(whole, tmp_path, monkeypatch, capfd
         assert "a command is at work in it" in capfd.readouterr().out
         other.kill()  # the lock goes with the process
     assert main(["prune", "--resume", "run"]) == 0
+
+
+def test_files_that_cannot_be_copied_are_told_of_once(tmp_path):
+    copies = [(f"a/{name}", f"b/{name}", f"[Errno 28] No space left on device: 'b/{name}'") for name in "xyz"]
+    assert str(stopped(tmp_path, shutil.Error(copies))).startswith("[Errno 28] No space left on device: 'b/x'. What")

@@ -4,6 +4,7 @@ A loss that diverges goes back to the last good checkpoint with smaller steps; w
 in twice as many parts. Everything else stops, with what is kept and how to go on.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,10 +23,15 @@ def stopped(folder: Path, error: BaseException) -> Stopped:
     """What to raise instead of a signal's or a file's exception once the run folder is there."""
     go_on = f"`compresso prune --resume {folder}` goes on"
     if not isinstance(error, KeyboardInterrupt):
-        return Stopped(f"{error}. What was whole before is kept; when the cause is mended, {go_on}", NO_ROOM)
+        return Stopped(f"{_reason(error)}. What was whole before is kept; when the cause is mended, {go_on}", NO_ROOM)
     ended = isinstance(error, Terminated)
     code = TERMINATED if ended else INTERRUPTED
     return Stopped(f"{'terminated' if ended else 'interrupted'}; {go_on}", code)
+
+
+def _reason(error: BaseException) -> str:
+    """What a file system said; of the many files that could not be copied, about the first."""
+    return str(error.args[0][0][2]) if isinstance(error, shutil.Error) else str(error)
 
 
 def meet(folder: Path, config: PruneConfig, error: Exception, accelerator: Accelerator) -> str:
