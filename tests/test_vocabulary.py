@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ AWKWARD = [
     "你好世界",
     "👩🏽\u200d🚀 e\u0301 \u2581",
     "f(x):\n    x**2\n",
-    "\x00\u200b",
+    "\x00",
 ]
 
 
@@ -212,6 +214,16 @@ def test_a_cut_model_computes_the_logits_that_stay(model_type, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.vocab_size == len(kept) == again.get_output_embeddings().out_features
     torch.testing.assert_close(again(ids).logits, expected)
+
+
+def test_the_documented_code_cuts_the_vocabulary_alone(dense, few, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"demo"', f'"{dense}"').replace("my.jsonl", str(few)), {})
+    tokenizer = AutoTokenizer.from_pretrained("smaller")
+    assert AutoModelForCausalLM.from_pretrained("smaller").config.vocab_size == len(tokenizer)
+    assert back(tokenizer, USED) == USED
 
 
 def test_what_cannot_be_cut_is_refused():
