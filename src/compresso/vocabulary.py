@@ -31,10 +31,11 @@ IDS = ("_token_id", "suppress_tokens")  # ends of names of settings that hold to
 def used_tokens(encoder: Encoder, records: Iterable[Record], prompt: CollaborativePrompt) -> set[int]:
     """Ids of the tokens in records as `encoder` writes them, whole, with the prompt and the chat template."""
     found: set[int] = set()
+    texts = [prompt.body, prompt.body.strip()]  # by itself, as the encoder measures it
     rest = iter(records)
-    while some := list(itertools.islice(rest, AT_ONCE)):
-        texts = ["".join(encoder.split_text(record, prompt)) for record in some]
+    while texts:
         found.update(*encoder.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        texts = ["".join(encoder.split_text(record, prompt)) for record in itertools.islice(rest, AT_ONCE)]
     return found
 
 
