@@ -303,7 +303,7 @@ def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     left = tuple(unit for unit in config.units if unit not in fixed)
     if config.gates not in (UNITS[:2], UNITS[:3]):
         reason = "and compute the same" if fixed[0] in family.fixed else f"and be a stock one (--shape {config.shape})"
-        wanted = ",".join(left) or "intermediate"
+        wanted = ",".join(left if {*left} - {VOCABULARY} else ("intermediate", *left))
         raise ValueError(f"{model_type} cannot lack some of its {fixed[0]} {reason}; use --units {wanted}")
     why = f"exactly and in a stock class (--shape {config.shape})" if whole else "exactly"
     console.print(f"{model_type}: {', '.join(left)} are removed; {', '.join(fixed)} cannot be, {why}", markup=False)
