@@ -47,7 +47,8 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], gene
 def limits() -> Iterator[None]:
     """Raise TooMuch after some seconds, or when what runs inside takes a gigabyte more.
 
-    Time is bounded in the main thread, where alone signals arrive, and memory where /proc tells how much there is.
+    It is the processor's time, of which a busy machine gives no less. It is bounded in the main thread, where alone
+    signals arrive, and memory where /proc tells how much there is.
     """
     told = f"the chat template was stopped after {SECONDS:g} s or {BYTES // 2**30} GB on one text; it may have no end"
 
@@ -62,13 +63,13 @@ def limits() -> Iterator[None]:
             soft = min(limit for limit in (most, *before) if limit != resource.RLIM_INFINITY)
             resource.setrlimit(resource.RLIMIT_AS, (soft, before[1]))
         if timed:
-            handler = signal.signal(signal.SIGALRM, stop)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            handler = signal.signal(signal.SIGPROF, stop)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
         yield
     except MemoryError:
         raise TooMuch(told) from None
     finally:
         if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)

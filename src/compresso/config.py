@@ -19,6 +19,7 @@ from compresso.widths import Widths, parse
 
 PRESETS = {"fast": (150, 150), "default": (600, 600), "best": (3000, 3000)}
 """Steps of pruning and of recovery."""
+VOCABULARY = "vocab"  # a unit that no gate decides on
 LARGEST_YAML = 100_000  # bytes
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4, which YAML takes for a text
@@ -43,7 +44,7 @@ class PruneConfig:
     `compresso recover` takes. What is removed at one size is removed at all larger ones."""
     units: tuple[str, ...] = ()
     """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp; by default kv_group and
-    intermediate, for minitron also hidden."""
+    intermediate, for minitron also hidden. With vocab beside them, all tokens that no record uses go as well."""
     round_to: int = 1
     """Kept FFN widths and the hidden size become multiples of this."""
     shape: str = "free"
@@ -184,13 +185,25 @@ class PruneConfig:
             raise ValueError(f"--refit is for methods that score groups and channels, not for --method {self.method}")
         if self.also and self.method != "l0":
             raise ValueError(f"only l0 passes smaller sparsities on its way; --method {self.method} is run for each")
-        if unknown := [unit for unit in self.units if unit not in UNITS]:
+        known = (*UNITS, VOCABULARY)
+        if unknown := [unit for unit in self.units if unit not in known]:
             raise ValueError(
-                f"unknown unit {unknown[0]!r}{nearest(unknown[0], UNITS)}; units are {', '.join(UNITS)} (a key/value "
-                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN)"
+                f"unknown unit {unknown[0]!r}{nearest(unknown[0], known)}; units are {', '.join(known)} (a key/value "
+                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN, tokens "
+                "that no record uses)"
             )
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units lists a unit twice: {','.join(self.units)}")
+        if not self.gates:
+            raise ValueError(
+                "units lists only vocab, which is none of the prunable parameters that target_sparsity is a share of; "
+                "add units (--units kv_group,intermediate,vocab), or cut the vocabulary alone as docs/methods.md shows"
+            )
+        if VOCABULARY in self.units and self.stream:
+            raise ValueError(
+                "the unit vocab needs all records at once to know their tokens, and --stream never has them; leave out "
+                "one of the two"
+            )
         at_least = {
             **dict.fromkeys(("round_to", "batch_size", "accumulation", "lora_rank", "validation_records"), 1),
             **dict.fromkeys(("perplexity_windows", "self_records", "steps", "calibration_records", "checkpoints"), 1),
@@ -217,6 +230,11 @@ class PruneConfig:
                 f"accumulation ({self.accumulation}) splits a batch of only {self.batch_size} records; lower it, or "
                 "raise --batch-size"
             )
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The units that gates or scores decide on: all but vocab."""
+        return tuple(unit for unit in self.units if unit != VOCABULARY)
 
     @property
     def widths(self) -> Widths:

@@ -108,7 +108,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         prunable,
         tune,
         learned,
-        sum(sum(shape.sizes(unit)) for unit in config.units),
+        sum(sum(shape.sizes(unit)) for unit in config.gates),
         {**weights, **part},
         recovering,
         kept,
@@ -274,7 +274,7 @@ def step_memory(
         if config.distill and isinstance(wrapped, PeftModel):
             teacher = Teacher(model, config.distill, partial(dense, wrapped, gates))
         with live, products(model, cpu), recomputed(model, config.gradient_checkpointing):
-            gates.set({unit: _gate(shape, unit) for unit in config.units})
+            gates.set({unit: _gate(shape, unit) for unit in config.gates})
             mixed_loss(model, batch, teacher)[0].backward()
     activations = reached[0]
     return {

@@ -34,7 +34,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     config = bench.config
     shape = describe(bench.model)
     schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
-    masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.units})
+    masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.gates})
     found = bench.newest("prune")
     if config.warm_start and not found and {"kv_group", "intermediate"} & masks.log_alpha.keys():
         warm_start(

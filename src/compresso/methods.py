@@ -29,9 +29,9 @@ def one_shot(
     With `--refit` the model is changed for the plan.
     """
     config, shape = bench.config, describe(bench.model)
-    found = {unit: values for unit, values in score(bench).items() if unit in config.units}
+    found = {unit: values for unit, values in score(bench).items() if unit in config.gates}
     if not found:
-        raise ValueError(f"--method {config.method} knows no unit of --units {','.join(config.units)}")
+        raise ValueError(f"--method {config.method} knows no unit of --units {','.join(config.gates)}")
     allocation = allocation if config.allocation == "auto" else config.allocation
     rules = config.widths
     if rules.uniform or allocation == "local":

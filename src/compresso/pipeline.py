@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compresso import checkpoint, progress, savepoints, setbacks, tuning, whole_files
+from compresso import checkpoint, progress, savepoints, setbacks, tuning, vocabulary, whole_files
 from compresso import plan as plans
 from compresso.adapters import factors, inside, merge
 from compresso.chat import answer
-from compresso.config import PruneConfig, nearest_path, read_yaml
+from compresso.config import VOCABULARY, PruneConfig, nearest_path, read_yaml
 from compresso.cost import measure_costs
 from compresso.extract import extract
 from compresso.masks import gated
@@ -168,6 +168,7 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
     bench.facts["checkpoints"] = summary.get("checkpoints", {"written": 0, "seconds": 0.0})
+    bench.facts["vocabulary"] = summary.get("vocabulary")
     if begins and bench.writes:
         _begin_recovery(bench, base)
     bench.accelerator.wait_for_everyone()
@@ -235,6 +236,7 @@ def _cut(
         "sample": {"question": config.sample, "dense": dense["answer"], "cut": cut["answer"]},
         **cost,
         "kept_gates": bench.facts.get("kept_gates"),
+        "vocabulary": bench.facts.get("vocabulary"),
         "hidden_size": {"before": plan.shape.hidden_size, "after": len(plan.keep["hidden"][0])},
         "widths": plan.widths(),
         "seed": config.seed,
@@ -386,7 +388,9 @@ def _dense(bench: Workbench) -> PreTrainedModel:
     with status(f"loading {config.model}, to learn from"):
         if bench.place:
             return load_parts(config, folder_of(config.model), bench.accelerator)[0]
-        model, _ = checkpoint.load(config.model)
+        model, tokenizer = checkpoint.load(config.model)
+        if VOCABULARY in config.units:
+            vocabulary.cut(model, vocabulary.shared_tokens(tokenizer, bench.tokenizer))
         return checkpoint.cast(model, compute_dtype(config.precision, device)).to(device).requires_grad_(False)
 
 
@@ -469,11 +473,13 @@ def _link(source: str, target: str) -> None:
 
 def _card_facts(summary: dict[str, Any]) -> dict[str, str]:
     before, after = summary["parameters"]["before"], summary["parameters"]["after"]
+    tokens = (summary.get("vocabulary") or {}).get("tokens")
     return {
         "base model": str(summary["model"]),
         "parameters": f"{before:,} before, {after:,} after",
         "sparsity": f"{100 * summary['sparsity']:.2f} % of the decoder layers' matrices removed",
         "units": ", ".join(summary["units"]),
+        **({"vocabulary": f"{tokens['after']:,} of {tokens['before']:,} tokens"} if tokens else {}),
         "method": summary["method"],
     }
 

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, whole_files
+from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, vocabulary, whole_files
 from compresso.batches import Encoder
-from compresso.config import PruneConfig, nearest
+from compresso.config import VOCABULARY, PruneConfig, nearest
 from compresso.families import family_of
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import WINDOW, text_windows
@@ -77,12 +77,20 @@ def prepare(
     encoder = Encoder(tokenizer, config.max_length, context)
     encoder.room(prompt)
     _check_lora_targets(config, model)
+    cuts_vocabulary = VOCABULARY in config.units and source is None  # a smaller model has lost its tokens already
+    if cuts_vocabulary:
+        vocabulary.check(model, tokenizer)
     progress = progress or Progress()
     progress.processes = accelerator.num_processes
     if new and config.records == "self":
         _make_folder(config, accelerator, progress)
     with accelerator.main_process_first():
         sources = read_records(config, model, encoder, prompt)
+    facts: dict[str, Any] = {"stored_dtype": stored}
+    parameters = count_parameters(model.config)
+    if cuts_vocabulary:
+        encoder, facts["vocabulary"] = _cut_vocabulary(config, model, encoder, sources, prompt)
+        tokenizer = encoder.tokenizer
     sources, held_out = take_held_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, min(WINDOW, context or WINDOW), shorter=True)
@@ -95,7 +103,6 @@ def prepare(
         progress.write(folder)
     if config.tracker != "none":
         accelerator.init_trackers("compresso")
-    parameters = count_parameters(model.config)
     return Workbench(
         config,
         folder,
@@ -110,7 +117,7 @@ def prepare(
         parameters,
         count_prunable(model),
         tuning.chosen(config, parameters, place is None),
-        {"stored_dtype": stored},
+        facts,
         progress,
         began,
         place=place,
@@ -179,6 +186,11 @@ def _load(
 
 def _check_in_parts(config: PruneConfig) -> None:
     tuning.chosen(config, 0, whole=False)
+    if VOCABULARY in config.units:
+        raise ValueError(
+            "the unit vocab needs whole weights in their own numbers, not 4-bit ones or some split over processes; "
+            "leave it out of --units, or prune the vocabulary first (docs/methods.md)"
+        )
     if config.also:
         raise ValueError("--also needs whole weights in their own numbers; run each sparsity by itself")
     if config.method != "l0":
@@ -293,9 +305,9 @@ def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     if not fixed:
         return config
     left = tuple(unit for unit in config.units if unit not in fixed)
-    if config.units not in (UNITS[:2], UNITS[:3]):
+    if config.gates not in (UNITS[:2], UNITS[:3]):
         reason = "and compute the same" if fixed[0] in family.fixed else f"and be a stock one (--shape {config.shape})"
-        wanted = ",".join(left) or "intermediate"
+        wanted = ",".join(left if {*left} - {VOCABULARY} else ("intermediate", *left))
         raise ValueError(f"{model_type} cannot lack some of its {fixed[0]} {reason}; use --units {wanted}")
     why = f"exactly and in a stock class (--shape {config.shape})" if whole else "exactly"
     console.print(f"{model_type}: {', '.join(left)} are removed; {', '.join(fixed)} cannot be, {why}", markup=False)
@@ -304,7 +316,7 @@ def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
 
 def _check_target(config: PruneConfig, shape: ModelShape) -> None:
     """Let the plan's own rules speak before hours of training, on made-up scores."""
-    scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.units}
+    scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.gates}
     allocation.decide(shape, scores, config.target_sparsity, config.widths)
 
 
@@ -396,6 +408,36 @@ def _check_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase, rows: int)
         raise ValueError(
             f"the tokenizer gives the token {token!r} the number {highest}, and the model's embedding has {rows} rows"
         )
+
+
+def _cut_vocabulary(
+    config: PruneConfig,
+    model: PreTrainedModel,
+    encoder: Encoder,
+    sources: list[Source] | list[Stream],
+    prompt: CollaborativePrompt,
+) -> tuple[Encoder, dict[str, Any]]:
+    """Leave in the model the tokens that the records use; an encoder with these, and the facts for the summary."""
+    tokenizer = encoder.tokenizer
+    before = count_parameters(model.config)
+    records = itertools.chain.from_iterable(source.records for source in sources if isinstance(source, Source))
+    filled = prompt.filled(sparsity=0.0, target_sparsity=config.target_sparsity, parameters=before)
+    with status("looking for the tokens that records use"):
+        used = vocabulary.used_tokens(encoder, records, filled) | vocabulary.special_tokens(model)
+        kept = vocabulary.kept_tokens(tokenizer, used)
+        smaller = vocabulary.smaller_tokenizer(tokenizer, kept)
+        vocabulary.cut(model, kept)
+    after = count_parameters(model.config)
+    console.print(
+        f"vocabulary: {len(kept):,} of {len(tokenizer):,} tokens stay, {(before - after) / 1e6:,.1f} M parameters go. "
+        "Losses and perplexities are per token of this vocabulary, before and after",
+        markup=False,
+    )
+    facts = {
+        "tokens": {"before": len(tokenizer), "after": len(kept)},
+        "parameters": {"before": before, "after": after},
+    }
+    return Encoder(smaller, encoder.max_length, encoder.context), facts
 
 
 def _text(config: PruneConfig) -> str | None:

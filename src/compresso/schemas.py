@@ -11,6 +11,7 @@ KINDS: dict[str, Any] = {"number": (int, float), "text": str, "object": dict, "l
 SUMMARY = {
     "sparsity|target_sparsity|perplexity_window|seconds?": "number",
     "parameters|prunable_parameters|hidden_size.before|after": "number",
+    "vocabulary?.tokens|parameters.before|after": "number",
     "bytes.before|after?": "number",
     "loss|perplexity.dense|cut|recovered?": "number",
     "cost?.before|after.batch|context|parameters?|kv_bytes_per_token?": "number",

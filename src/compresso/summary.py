@@ -23,6 +23,8 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
 
     counted("parameters", summary["parameters"], 1e6, " M")
     counted("prunable parameters", summary["prunable_parameters"], 1e6, " M")
+    if summary.get("vocabulary"):
+        counted("tokens of the vocabulary", summary["vocabulary"]["tokens"], 1e3, " k")
     counted("weights on disk", summary["bytes"], 1e6, " MB")
     for name, key in (
         ("loss, held-out records", "loss"),
@@ -42,6 +44,8 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(table)
     checks = ", ".join(f"{name.replace('_', ' ')} {value:.1e}" for name, value in summary["logit_differences"].items())
     console.print(f"largest logit difference: {checks}", markup=False)
+    if summary.get("vocabulary"):
+        console.print("loss and perplexity are per token of the smaller vocabulary, before and after")
     answers = Table(title=Text(f"“{summary['sample']['question']}”"), show_lines=True)
     answers.add_column("dense", ratio=1)
     answers.add_column("pruned and recovered", ratio=1)

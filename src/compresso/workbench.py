@@ -80,7 +80,9 @@ class Workbench:
     def prompt_at(self, sparsity: float) -> CollaborativePrompt:
         """The prompt with the state of the run filled in."""
         target = self.config.target_sparsity
-        left = self.parameters - sparsity * self.prunable
+        tokens = self.facts.get("vocabulary") or {"parameters": {"before": 0, "after": 0}}
+        lost = tokens["parameters"]["before"] - tokens["parameters"]["after"]
+        left = self.parameters - lost - sparsity * self.prunable
         return self.prompt.filled(sparsity=sparsity, target_sparsity=target, parameters=left)
 
     def batches(self, seed: int, start: int = 0) -> Callable[[float], list[Batch]]:
