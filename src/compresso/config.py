@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from compresso.shape import UNITS
+from compresso.families import UNITS
 from compresso.widths import Widths, parse
 
 PRESETS = {"fast": (150, 150), "default": (600, 600), "best": (3000, 3000)}

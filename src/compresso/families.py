@@ -9,6 +9,10 @@ from typing import Any
 
 PER_LAYER_PREFIX = "compresso_"
 """model_type of a family's class with different widths per layer: this, then the family."""
+UNITS = ("kv_group", "intermediate", "hidden", "attention", "mlp", "expert")
+"""kv_group: a key/value head with its query heads. intermediate: an FFN channel; of a mixture, the same one of every
+expert of a layer. hidden: a channel of the residual stream. attention, mlp: a whole sub-layer. expert: one of a
+mixture."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Family:
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Matrices whose rows are the FFN channels."""
     mlp_output: str = "mlp.down_proj"
+    router: str | None = None
+    """What chooses the experts of a mixture. They lie stacked in one module, whose parameters are `mlp_inputs`, a single
+    one (E, 2 I, H) with the rows of the gate before those of up, and `mlp_output` (E, H, I)."""
+    num_experts: str | None = None
+    """The config's name for how many there are."""
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
 
     query_key_norms: bool = False
@@ -75,13 +84,43 @@ class Family:
     """Runtimes that have a class of their own for it."""
 
     @property
+    def units(self) -> tuple[str, ...]:
+        """Kinds of units that a smaller model can lack exactly."""
+        return tuple(u for u in UNITS if u not in self.fixed and (u != "expert" or self.router))
+
+    @property
+    def experts(self) -> str:
+        """The module of a mixture that holds its experts."""
+        return self.mlp_output.rpartition(".")[0]
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Of an FFN, or of an expert."""
+        return 3 if self.router else len(self.mlp_inputs) + 1
+
+    @property
+    def multiple(self) -> int:
+        """What kept FFN widths and hidden sizes are multiples of. transformers multiplies all experts in one call, whose
+        rows must begin at multiples of 16 bytes: eight numbers in half precision."""
+        return 8 if self.router else 1
+
+    def weight(self, path: str) -> str:
+        """The parameter that is the matrix at a path."""
+        stacked = self.router and path in (*self.mlp_inputs, self.mlp_output)
+        return path if stacked else f"{path}.weight"
+
+    @property
     def attention_inputs(self) -> tuple[str, ...]:
         """Matrices whose rows groups own."""
         return (self.query_key_value,) if self.query_key_value else (self.query, self.key, self.value)
 
     def in_config(self, widths: dict[str, int]) -> dict[str, int]:
         """Widths of a layer (`LayerShape.widths`) by the names of the config."""
-        names = {"num_key_value_heads": self.num_key_value_heads, "intermediate_size": self.intermediate_size}
+        names = {
+            "num_key_value_heads": self.num_key_value_heads,
+            "intermediate_size": self.intermediate_size,
+            "num_experts": self.num_experts,
+        }
         return {name: width for key, width in widths.items() if (name := names.get(key, key))}
 
 
@@ -90,6 +129,12 @@ _SANDWICHED = Family(
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
     scaled_embedding=True,
+)
+_MIXTURE = Family(
+    mlp_inputs=("mlp.experts.gate_up_proj",),
+    mlp_output="mlp.experts.down_proj",
+    router="mlp.gate",
+    num_experts="num_experts",
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(stand_in="mistral", gguf="llama", gguf_per_layer="deci"),
@@ -148,6 +193,13 @@ FAMILIES: dict[str, Family] = {
         gguf="gptneox",
         native=("vLLM", "MLX"),
     ),
+    "qwen3_moe": replace(
+        _MIXTURE,
+        query_key_norms=True,
+        intermediate_size="moe_intermediate_size",
+        needs=(("mlp_only_layers", []), ("decoder_sparse_step", 1)),  # or some layers are no mixtures
+    ),
+    "mixtral": _MIXTURE,
 }
 
 

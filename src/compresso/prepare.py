@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, whole_files
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
-from compresso.families import family_of
+from compresso.families import UNITS, family_of
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
@@ -32,7 +32,7 @@ from compresso.progress import read as read_progress
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, Source, files_of, parts_of, read_sources
 from compresso.self_data import write_records
-from compresso.shape import UNITS, ModelShape, count_prunable, describe
+from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import count_parameters, folder_of
 from compresso.streams import Stream, open_streams, take_held_out
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
