@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from compresso import demo, gguf_header, hub, nemotron_nas, per_layer, untrusted, whole_files
 from compresso.config import nearest_path
 from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.mixtures import sort_channels
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import check_config, describe
 from compresso.unfused import UNFUSED
@@ -141,7 +142,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported family, or of any, and its tokenizer, in `dtype` or the stored one.
 
-    Raises FileNotFoundError or ValueError, with what was found and what to do, for
+    Of a mixture of a supported family, the channels of each expert are put in order (`mixtures.sort_channels`), which
+    plans count on. Raises FileNotFoundError or ValueError, with what was found and what to do, for
     everything that cannot be loaded.
     """
     model = find(str(model), any_family)
@@ -157,6 +159,8 @@ def load(
     _refuse_incomplete(model, info)
     if not any_family and loaded.config.model_type in UNFUSED:
         loaded = UNFUSED[loaded.config.model_type](loaded)
+    if not any_family:
+        sort_channels(loaded)
     return loaded.eval(), load_tokenizer(folder)
 
 
@@ -274,6 +278,8 @@ def _load_gguf(
     state = raw.state_dict()
     model = model_class.from_pretrained(None, config=clean, state_dict=state, dtype=dtype or torch.bfloat16)
     model.generation_config = copy.deepcopy(raw.generation_config)
+    if not any_family:
+        sort_channels(model)
     return model.eval(), tokenizer
 
 
@@ -363,11 +369,13 @@ def model_card(
     per_layer_widths = model.config.model_type.startswith(PER_LAYER_PREFIX)
     trust = ", trust_remote_code=True" if per_layer_widths else ""
     shape = describe(model)
-    rows = "\n".join(
-        f"| {i} | {layer.num_key_value_heads * layer.queries_per_group} | {layer.num_key_value_heads} "
-        f"| {layer.intermediate_size} |"
-        for i, layer in enumerate(shape.layers)
-    )
+    columns = {"num_attention_heads": "query heads", "num_key_value_heads": "key/value heads"}
+    columns |= {"intermediate_size": "FFN channels", "num_experts": "experts"}
+    shown = [key for key in columns if key in shape.layers[0].widths]
+    table = [["layer", *(columns[key] for key in shown)], ["---"] * (1 + len(shown))]
+    table += [[str(i), *(str(layer.widths[key]) for key in shown)] for i, layer in enumerate(shape.layers)]
+    separators = ["|".join(row) if "---" in row else f" {' | '.join(row)} " for row in table]
+    rows = "\n".join(f"|{row}|" for row in separators)
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     code = REMOTE_CODE[per_layer]
     note = (
@@ -415,7 +423,5 @@ tags: [pruned, compresso]
 
 Hidden size {shape.hidden_size}.
 
-| layer | query heads | key/value heads | FFN channels |
-|---|---|---|---|
 {rows}
 """

@@ -42,8 +42,8 @@ class PruneConfig:
     """Smaller sparsities to leave a model at on the way, comma-separated, each a run in OUTPUT/also that
     `compresso recover` takes. What is removed at one size is removed at all larger ones."""
     units: tuple[str, ...] = ()
-    """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp; by default kv_group and
-    intermediate, for minitron also hidden."""
+    """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp, expert; by default kv_group
+    and intermediate, for minitron also hidden, for a mixture also expert."""
     round_to: int = 1
     """Kept FFN widths and the hidden size become multiples of this."""
     shape: str = "free"
@@ -187,7 +187,7 @@ class PruneConfig:
         if unknown := [unit for unit in self.units if unit not in UNITS]:
             raise ValueError(
                 f"unknown unit {unknown[0]!r}{nearest(unknown[0], UNITS)}; units are {', '.join(UNITS)} (a key/value "
-                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN)"
+                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN, an expert)"
             )
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units lists a unit twice: {','.join(self.units)}")

@@ -29,6 +29,7 @@ from compresso.cpu_attention import products
 from compresso.families import family_of
 from compresso.learned import dense
 from compresso.masks import Gates
+from compresso.mixtures import idle
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import shapes_of
@@ -114,7 +115,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         kept,
         steps,
         tokens,
-        2.0 * passes * parameters * tokens,
+        2.0 * passes * (parameters - idle(whole)) * tokens,
     )
 
 
@@ -219,12 +220,12 @@ def _shares(config: PruneConfig, prompt_tokens: int) -> bool:
 def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneConfig) -> PreTrainedConfig:
     """About what is left: FFN channels removed alone, down to a tenth of them."""
     smaller = copy.deepcopy(architecture)
-    attention = sum(layer.attention_rows for layer in shape.layers)
-    mlp = sum(layer.intermediate_size * shape.mlp_matrices for layer in shape.layers)
-    share = max(0.1, 1 - config.target_sparsity * (attention + mlp) / mlp)
-    name = family_of(architecture.model_type).intermediate_size
+    family = family_of(architecture.model_type)
+    mlp = sum(layer.channels * shape.mlp_matrices for layer in shape.layers)
+    share = max(0.1, 1 - config.target_sparsity * sum(map(shape.rows, shape.layers)) / mlp)
+    name, grain = family.intermediate_size, family.multiple
     smaller.per_layer_config = None  # as in `_with_layers`: all as wide as the widest
-    setattr(smaller, name, round(getattr(smaller, name) * share))
+    setattr(smaller, name, max(1, round(getattr(smaller, name) * share / grain)) * grain)
     return smaller
 
 

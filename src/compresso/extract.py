@@ -39,7 +39,8 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config = smaller_config(model.config, old, plan)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
+    if family_of(config.model_type).router:
+        config._experts_implementation = model.config._experts_implementation
     cut = cut_weights(old, model.config.model_type, plan)
     weights = {name_in_files(config.model_type, name): tensor for name, tensor in cut}
     smaller = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)

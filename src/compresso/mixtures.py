@@ -4,14 +4,12 @@ All experts of a layer keep as many channels, as the stock classes want it. So t
 unit, every mixture that is loaded has the channels of each expert in the order of their weight.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresso.families import Family, family_of
-from compresso.shape import has
+from compresso.families import family_of
+from compresso.shape import describe, has
 
 
 @torch.no_grad()
@@ -49,11 +47,11 @@ def choose(router: nn.Module, output: tuple[Tensor, ...], gates: Tensor) -> tupl
     return logits, (probabilities * is_open[chosen]).to(weights.dtype), chosen
 
 
-def idle(family: Family, layers: nn.Module, config: Any) -> int:
-    """Parameters of the layers that a token does not go through: those of the experts that are not chosen for it."""
-    found = 0
-    for layer in layers if family.router else ():
-        if has(layer, family.mlp_output):
-            stacks = [layer.get_parameter(path) for path in (*family.mlp_inputs, family.mlp_output)]
-            found += sum(p.numel() - p.numel() // len(p) * config.num_experts_per_tok for p in stacks)
-    return found
+def idle(model: PreTrainedModel) -> int:
+    """Parameters that a token does not go through: those of the experts that are not chosen for it."""
+    if not family_of(model.config.model_type).router:
+        return 0
+    shape = describe(model)
+    left = [max(0, layer.experts - shape.experts_per_token) for layer in shape.layers]
+    price = shape.price("expert")
+    return shape.hidden_size * sum(count * rows for count, rows in zip(left, price, strict=True))

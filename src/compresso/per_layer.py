@@ -152,8 +152,9 @@ class PerLayer:
                     layer.fc1, layer.fc2 = nn.Identity(), NoMLP()
                 names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
                 without(layer, *(names if sandwiched(layer) else ["post_attention_layernorm", "final_layer_norm"]))
-            elif hasattr(layer.mlp if hasattr(layer, "mlp") else layer, "experts"):
-                layer.mlp.experts.config = config  # nor set_experts_implementation
+            for part in layer.modules():
+                if hasattr(part, "num_experts") and hasattr(part, "config"):
+                    part.config = config  # nor set_experts_implementation
         self.post_init()
 
     @classmethod
@@ -162,7 +163,8 @@ class PerLayer:
 
     @classmethod
     def _can_set_experts_implementation(cls):
-        return True
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return stock._can_set_experts_implementation()
 
 
 @strict(accept_kwargs=True)

@@ -50,7 +50,7 @@ class Plan:
             if not torch.equal(gates[unit], (gates[unit] > 0).double()):
                 raise ValueError(f"{unit} gates are 0 or 1")
         if not gates["hidden"].any():
-            raise ValueError("at least one hidden gate is 1")
+            raise ValueError("at least one of the hidden gates is 1")
         for inner, outer in (("kv_group", "attention"), ("intermediate", "mlp"), ("expert", "mlp")):
             if inner in gates:
                 gates[outer] = gates[outer] * torch.tensor([bool(part.any()) for part in self._parts(gates, inner)])

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -286,14 +287,22 @@ def _unfinished(folder: Path) -> bool:
 
 def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     """The settings without units that this family cannot lack, or its stock class where the shape is to be one that
-    it takes; raises ValueError if they were asked for."""
+    it takes; raises ValueError if they were asked for. For a mixture with what its experts ask for."""
     family = family_of(model_type)
+    default = config.units in (UNITS[:2], UNITS[:3])
+    if family.router:
+        units = (*config.units, "expert") if default else config.units
+        config = replace(config, units=units, round_to=math.lcm(config.round_to, family.multiple))
+        told = f"{model_type}: {', '.join(units)} are removed; widths are multiples of {config.round_to}"
+        console.print(told, markup=False, highlight=False)
+    elif "expert" in config.units:
+        raise ValueError(f"a {model_type} has no experts; leave expert out of --units")
     whole = ("kv_group",) if family.derived_head_dim and config.widths.uniform else ()
     fixed = [unit for unit in config.units if unit in (*family.fixed, *whole)]
     if not fixed:
         return config
     left = tuple(unit for unit in config.units if unit not in fixed)
-    if config.units not in (UNITS[:2], UNITS[:3]):
+    if not default:
         reason = "and compute the same" if fixed[0] in family.fixed else f"and be a stock one (--shape {config.shape})"
         wanted = ",".join(left) or "intermediate"
         raise ValueError(f"{model_type} cannot lack some of its {fixed[0]} {reason}; use --units {wanted}")

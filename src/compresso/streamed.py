@@ -125,6 +125,12 @@ def folder_of(model: str) -> Path:
             f"{model} is a {model_type}, which is taken apart when it is loaded whole; reading it from file to file "
             "(--sharded, --precision 4bit, `compresso extract`) is not possible"
         )
+    if family_of(model_type).router:
+        raise ValueError(
+            f"{model} is a {model_type}, whose experts lie one by one in its files and in one stack in memory; reading it "
+            "from file to file (--sharded, --precision 4bit, `compresso extract`) is not possible. `compresso prune` "
+            "without these holds it whole"
+        )
     return checkpoint.fetched(str(place))
 
 
