@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, whole_files
+from compresso.adapters import linear_names
 from compresso.batches import Encoder
 from compresso.config import PruneConfig, nearest
 from compresso.families import UNITS, family_of
@@ -319,7 +319,7 @@ def _check_target(config: PruneConfig, shape: ModelShape) -> None:
 
 def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
     layers = model.get_submodule(family_of(model.config.model_type).layers)  # a tied head would change the embedding
-    known = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    known = linear_names(layers)
     for target in config.lora_targets:
         if target not in {*known, "all-linear"}:
             raise ValueError(
