@@ -67,7 +67,9 @@ class Family:
     needs: tuple[tuple[str, Any], ...] = ()
     """Entries of the config, and the value of each that can be pruned; a string names an entry that it equals."""
     stored_names: tuple[tuple[str, str], ...] = ()
-    """Beginnings of names in the stock class, and what they are called in its files."""
+    """Parts of names in the stock class, and what they are called in its files."""
+    stored_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Stacks, and what the stock class's files call the matrices of expert {} in each, one below the other."""
     fixed: tuple[str, ...] = ()
     """Units that no smaller model can lack exactly. A LayerNorm's mean and variance are of all hidden channels, and no
     other weights make up for those that are not there: `hidden`."""
@@ -135,6 +137,10 @@ _MIXTURE = Family(
     mlp_output="mlp.experts.down_proj",
     router="mlp.gate",
     num_experts="num_experts",
+    stored_experts=(
+        ("mlp.experts.gate_up_proj", ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")),
+        ("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",)),
+    ),
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(stand_in="mistral", gguf="llama", gguf_per_layer="deci"),
@@ -199,7 +205,17 @@ FAMILIES: dict[str, Family] = {
         intermediate_size="moe_intermediate_size",
         needs=(("mlp_only_layers", []), ("decoder_sparse_step", 1)),  # or some layers are no mixtures
     ),
-    "mixtral": _MIXTURE,
+    "mixtral": replace(
+        _MIXTURE,
+        stored_names=(("mlp.gate.", "block_sparse_moe.gate."),),
+        stored_experts=(
+            (
+                "mlp.experts.gate_up_proj",
+                ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+            ),
+            ("mlp.experts.down_proj", ("block_sparse_moe.experts.{}.w2.weight",)),
+        ),
+    ),
 }
 
 
@@ -220,7 +236,20 @@ def family_of(model_type: str) -> Family:
 
 def name_in_files(model_type: str, name: str) -> str:
     """What a checkpoint of a model_type calls this weight; one with code of ours keeps the names of its class."""
-    for own, stored in family_of(model_type).stored_names:
-        if name.startswith(own) and not model_type.startswith(PER_LAYER_PREFIX):
-            return stored + name.removeprefix(own)
+    for own, stored in () if model_type.startswith(PER_LAYER_PREFIX) else family_of(model_type).stored_names:
+        name = renamed(name, own, stored)
     return name
+
+
+def renamed(name: str, part: str, other: str) -> str:
+    """The name with one of its parts, if it has it, called otherwise."""
+    return f".{name}".replace(f".{part}", f".{other}", 1)[1:]
+
+
+def tensors_in_files(model_type: str, name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors that files hold of a parameter; their numbers, one after the other, are its own."""
+    for own, each in () if model_type.startswith(PER_LAYER_PREFIX) else family_of(model_type).stored_experts:
+        if name.endswith(f".{own}"):
+            layer, part = name.removesuffix(own), (shape[1] // len(each), shape[2])
+            return [(layer + stored.format(i), part) for i in range(shape[0]) for stored in each]
+    return [(name_in_files(model_type, name), shape)]

@@ -4,15 +4,16 @@ All experts of a layer keep as many channels, as the stock classes want it. So t
 unit, every mixture that is loaded has the channels of each expert in the order of their weight.
 """
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresso.families import family_of
+from compresso.families import Family, family_of
 from compresso.shape import describe, has
 
 
-@torch.no_grad()
 def sort_channels(model: PreTrainedModel) -> PreTrainedModel:
     """Put the channels of each expert in order, those of largest L2 norm over gate, up and down first, in place.
 
@@ -21,14 +22,40 @@ def sort_channels(model: PreTrainedModel) -> PreTrainedModel:
     family = family_of(model.config.model_type)
     for layer in model.get_submodule(family.layers) if family.router else ():
         if has(layer, family.mlp_output):
-            inputs, output = (layer.get_parameter(path) for path in (*family.mlp_inputs, family.mlp_output))
-            for rows, columns in zip(inputs.data, output.data, strict=True):  # one expert at a time: (2 I, H), (H, I)
-                gate, up = rows.chunk(2)
-                norm = sum(part.float().square().sum(dim) for part, dim in ((gate, 1), (up, 1), (columns, 0)))
-                order = norm.argsort(descending=True, stable=True)
-                rows.copy_(torch.cat([gate[order], up[order]]))
-                columns.copy_(columns[:, order])
+            _sort(*(layer.get_parameter(path) for path in (*family.mlp_inputs, family.mlp_output)))
     return model
+
+
+@torch.no_grad()
+def _sort(inputs: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Both stacks of a layer, (E, 2 I, H) and (E, H, I), sorted in place."""
+    for rows, columns in zip(inputs, output, strict=True):  # one expert at a time, which float32 copies are made of
+        gate, up = rows.chunk(2)
+        norm = gate.float().square().sum(1) + up.float().square().sum(1) + columns.float().square().sum(0)
+        order = norm.argsort(descending=True, stable=True)
+        rows.copy_(torch.cat([gate[order], up[order]]))
+        columns.copy_(columns[:, order])
+    return inputs, output
+
+
+class Sorted(Mapping[str, Tensor]):
+    """Weights of a mixture with the channels of each expert in order, as `sort_channels` puts them."""
+
+    def __init__(self, weights: Mapping[str, Tensor], family: Family):
+        self._weights, self._stacks = weights, (*family.mlp_inputs, family.mlp_output)
+
+    def __getitem__(self, name: str) -> Tensor:
+        which = next((i for i, path in enumerate(self._stacks) if name.endswith(f".{path}")), None)
+        if which is None:
+            return self._weights[name]
+        layer = name.removesuffix(self._stacks[which])
+        return _sort(*(self._weights[layer + path] for path in self._stacks))[which]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def choose(router: nn.Module, output: tuple[Tensor, ...], gates: Tensor) -> tuple[Tensor, ...]:
