@@ -1,6 +1,7 @@
 """Mixtures of experts: what is cut computes what the gates did, and what a router does without an expert."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,10 +27,11 @@ from tiny import QUICK, tiny_model
 MIXTURES = [name for name, family in FAMILIES.items() if family.router]
 mixtures = pytest.mark.parametrize("model_type", MIXTURES)
 QWEN3_30B = ModelShape(2048, 3, (LayerShape(4, 8, 128, 768, 128),) * 48, 8)
+SIX_LAYERS = replace(QWEN3_30B, layers=QWEN3_30B.layers[:6])
 
 
 def dense_output(model, layer, hidden, kept):
-    """The mixture of a layer for (N, H), written out: the two best of the kept experts, their weights made to sum to 1."""
+    """The mixture of a layer for (N, H), written out: the two best of the kept experts, their weights summing to 1."""
     block = model.model.layers[layer].mlp
     scores = hidden @ block.gate.weight[kept].T
     best = scores.topk(2)
@@ -131,20 +133,22 @@ def encoder_batches(tokenizer):
 @pytest.mark.parametrize("units", [("kv_group", "intermediate", "expert"), ("expert",), ("expert", "mlp", "hidden")])
 def test_every_layer_keeps_as_many_experts_as_a_token_goes_to(units, target):
     generator = torch.Generator().manual_seed(0)
-    scores = {unit: torch.randn(sum(QWEN3_30B.sizes(unit)), generator=generator) for unit in units}
-    plan = select(QWEN3_30B, scores, target, 8)
-    assert plan.sparsity == pytest.approx(target, abs=0.004)
+    scores = {unit: torch.randn(sum(SIX_LAYERS.sizes(unit)), generator=generator) for unit in units}
+    plan = select(SIX_LAYERS, scores, target, 8)
+    assert plan.sparsity == pytest.approx(target, abs=0.01)
     assert all(len(kept) >= 8 for kept in plan.keep["expert"] if len(kept))
     if "mlp" not in units:
         assert all(len(kept) >= 8 for kept in plan.keep["expert"])
     if "kv_group" in units:
-        assert largest_sparsity(QWEN3_30B, units, 8) > 0.95
-    count = prunable_parameters(plan.shape, {unit: (g > 0).double() for unit, g in plan.gates.items()})
-    assert int(count) == sum(
-        plan.shape.hidden_size // 1 * 0 + len(plan.keep["hidden"][0]) * plan.shape.rows(
-            LayerShape(w["num_key_value_heads"], 8, 128, w["intermediate_size"], w["num_experts"])
-        )
-        for w in plan.widths()
+        assert largest_sparsity(SIX_LAYERS, units, 8) > 0.95
+    left = [
+        LayerShape(w["num_key_value_heads"], 8, 128, w["intermediate_size"], w["num_experts"]) for w in plan.widths()
+    ]
+    assert plan.sparsity == pytest.approx(
+        1
+        - len(plan.keep["hidden"][0])
+        * sum(map(SIX_LAYERS.rows, left))
+        / (2048 * sum(map(SIX_LAYERS.rows, SIX_LAYERS.layers)))
     )
 
 
@@ -250,7 +254,7 @@ def test_rivals_that_measure_what_experts_do_not_show_are_refused(settings, toke
     tiny_model("qwen3_moe", max_position_embeddings=512).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     output = tmp_path / "run"
-    with pytest.raises(ValueError, match="experts of a qwen3_moe do not show .* use --method l0, taylor"):
+    with pytest.raises(ValueError, match=r"experts of a qwen3_moe do not show .* use --method l0, taylor"):
         compresso.prune(**QUICK, model=str(tmp_path / "dense"), data=str(data), output=str(output), **settings)
 
 
@@ -261,5 +265,5 @@ def test_what_is_no_mixture_or_only_partly_one_is_refused(checkpoint, tokenizer,
     with pytest.raises(ValueError, match="decoder_sparse_step = 2; only one with 1"):
         compresso.load(str(tmp_path / "mixed"))
     model = tiny_model("mixtral")
-    with pytest.raises(ValueError, match="keeps 17 intermediate channels, .* multiples of 8"):
+    with pytest.raises(ValueError, match=r"keeps 17 intermediate channels, .* multiples of 8"):
         extract(model, Plan(describe(model), {"intermediate": (torch.arange(72) % 24 < 17).double()}))

@@ -142,8 +142,8 @@ def input_moments(model: PreTrainedModel, given: Sequence[Batch], gram: bool = F
     """
     if family_of(model.config.model_type).router:
         raise ValueError(
-            f"experts of a {model.config.model_type} do not show what goes into their last matrices, which wanda, flap, "
-            "minitron and --refit measure; use --method l0, taylor, taylor2, magnitude, shortgpt or random"
+            f"experts of a {model.config.model_type} do not show what goes into their last matrices, which wanda, "
+            "flap, minitron and --refit measure; use --method l0, taylor, taylor2, magnitude, shortgpt or random"
         )
     found: dict[str, Moments] = {}
 
@@ -230,8 +230,8 @@ def weight_gradients(
 def gate_gradients(
     model: PreTrainedModel, given: Sequence[Batch], recompute: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of the loss with respect to the gates of groups, channels and experts: their mean over records, and that
-    of their squares.
+    """Gradients of the loss with respect to the gates of groups, channels and experts: their mean over records, and
+    that of their squares.
 
     A record's loss is its sum over targets, divided by the mean number of targets. Both results are flat tensors by
     kind of unit; half the mean square estimates what the loss of a trained model gains when the unit goes (Optimal
@@ -260,7 +260,7 @@ def _of_a_record(model: PreTrainedModel, given: Sequence[Batch], loss: Callable[
     """One record after the other: in the experts, rows of all records are mixed."""
     shape = describe(model)
     gates = Gates(model, shape)
-    units = [unit for unit in ("kv_group", "intermediate", "expert") if unit in shape.units]
+    units: list[str] = [unit for unit in ("kv_group", "intermediate", "expert") if unit in shape.units]
     try:
         for batch in followed(given):
             for record in batch.unshared().rows():

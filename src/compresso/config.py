@@ -187,7 +187,8 @@ class PruneConfig:
         if unknown := [unit for unit in self.units if unit not in UNITS]:
             raise ValueError(
                 f"unknown unit {unknown[0]!r}{nearest(unknown[0], UNITS)}; units are {', '.join(UNITS)} (a key/value "
-                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN, an expert)"
+                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN, an "
+                "expert of a mixture)"
             )
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units lists a unit twice: {','.join(self.units)}")

@@ -325,9 +325,9 @@ def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor, *_: object) -> Tensor:
-    """What a product of experts gives, (S, K) times (E, K, N) or (K, S) times (S, N); torch's own knows bfloat16 alone."""
-    stacked = b.shape[:-2] if b.ndim == 3 else offs.shape
-    return a.new_empty((len(a), b.shape[-1]) if b.ndim == 3 else (*stacked, len(a), b.shape[-1]))
+    """What torch's product by groups gives, of (S, K) and (E, K, N) or (K, S) and (S, N): its own knows bfloat16 alone."""
+    size = (len(a), b.shape[-1])
+    return a.new_empty(size if b.ndim == 3 else (len(offs), *size))
 
 
 class _Live(TorchDispatchMode):

@@ -6,7 +6,7 @@ averages over.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso import per_layer
-from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of, name_in_files
+from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of, tensors_in_files
 from compresso.plan import Plan
 from compresso.shape import ModelShape, describe, head_dim_of, rows_of, rows_of_channels, rows_per_group
 
@@ -41,11 +41,22 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config._attn_implementation = model.config._attn_implementation
     if family_of(config.model_type).router:
         config._experts_implementation = model.config._experts_implementation
-    cut = cut_weights(old, model.config.model_type, plan)
-    weights = {name_in_files(config.model_type, name): tensor for name, tensor in cut}
+    weights = as_in_files(config.model_type, cut_weights(old, model.config.model_type, plan))
     smaller = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
     smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.to(model.device).train(model.training)
+
+
+def as_in_files(model_type: str, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Weights by the names that files of a model_type hold them under; a stack of experts in its parts, without a copy.
+
+    What is loaded so, transformers saves so.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in weights:
+        parts = tensors_in_files(model_type, name, tuple(weight.shape))
+        found |= zip((part for part, _ in parts), weight.reshape(len(parts), *parts[0][1]), strict=True)
+    return found
 
 
 def check_fit(plan: Plan, shape: ModelShape, family: Family) -> None:
@@ -98,10 +109,9 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
         offset: float = 0.0,
         stack: Tensor | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Keep rows and columns of a weight times `by` (a number, or one a column), and the rows of its bias; of stacked
-        ones, those in `stack`.
+        """Keep rows and columns of a weight times `by` (a number, or one a column), and the rows of its bias.
 
-        What multiplies is the weight and `offset`.
+        Of stacked ones those in `stack` stay. What multiplies is the weight and `offset`.
         """
         for kind, scale in ((".weight", by), (".bias", bias_by), ("", by)):
             if name + kind not in old:

@@ -42,7 +42,7 @@ class Family:
     """Matrices whose rows are the FFN channels."""
     mlp_output: str = "mlp.down_proj"
     router: str | None = None
-    """What chooses the experts of a mixture. They lie stacked in one module, whose parameters are `mlp_inputs`, a single
+    """What chooses the experts of a mixture. They lie stacked in one module, whose parameters are `mlp_inputs`, only
     one (E, 2 I, H) with the rows of the gate before those of up, and `mlp_output` (E, H, I)."""
     num_experts: str | None = None
     """The config's name for how many there are."""
@@ -102,8 +102,8 @@ class Family:
 
     @property
     def multiple(self) -> int:
-        """What kept FFN widths and hidden sizes are multiples of. transformers multiplies all experts in one call, whose
-        rows must begin at multiples of 16 bytes: eight numbers in half precision."""
+        """What kept FFN widths and hidden sizes are multiples of. transformers multiplies all experts in one call,
+        where rows must begin at multiples of 16 bytes: eight numbers in half precision."""
         return 8 if self.router else 1
 
     def weight(self, path: str) -> str:
@@ -234,22 +234,23 @@ def family_of(model_type: str) -> Family:
         ) from None
 
 
-def name_in_files(model_type: str, name: str) -> str:
-    """What a checkpoint of a model_type calls this weight; one with code of ours keeps the names of its class."""
-    for own, stored in () if model_type.startswith(PER_LAYER_PREFIX) else family_of(model_type).stored_names:
-        name = renamed(name, own, stored)
-    return name
-
-
 def renamed(name: str, part: str, other: str) -> str:
     """The name with one of its parts, if it has it, called otherwise."""
     return f".{name}".replace(f".{part}", f".{other}", 1)[1:]
 
 
 def tensors_in_files(model_type: str, name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors that files hold of a parameter; their numbers, one after the other, are its own."""
-    for own, each in () if model_type.startswith(PER_LAYER_PREFIX) else family_of(model_type).stored_experts:
+    """Names and shapes of the tensors that files of a model_type hold of a parameter; one with code of ours keeps it.
+
+    Their numbers, one after the other, are those of the parameter.
+    """
+    if model_type.startswith(PER_LAYER_PREFIX):
+        return [(name, shape)]
+    family = family_of(model_type)
+    for own, each in family.stored_experts:
         if name.endswith(f".{own}"):
             layer, part = name.removesuffix(own), (shape[1] // len(each), shape[2])
             return [(layer + stored.format(i), part) for i in range(shape[0]) for stored in each]
-    return [(name_in_files(model_type, name), shape)]
+    for own, stored in family.stored_names:
+        name = renamed(name, own, stored)
+    return [(name, shape)]

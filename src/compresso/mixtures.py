@@ -59,10 +59,10 @@ class Sorted(Mapping[str, Tensor]):
 
 
 def choose(router: nn.Module, output: tuple[Tensor, ...], gates: Tensor) -> tuple[Tensor, ...]:
-    """What a router gives, (logits, weights, indices of the chosen), with log z added to its logits: (N, E), (N, k) twice.
+    """What a router gives, logits (N, E), weights and indices of the chosen (N, k), with log z added to its logits.
 
-    An expert whose gate is 0 is never chosen, as if it were not there, and another takes its place. Where fewer are open
-    than a token goes to, those of the others weigh nothing.
+    An expert whose gate is 0 is never chosen, as if it were not there, and another takes its place. Where fewer are
+    open than a token goes to, the others weigh nothing.
     """
     logits, weights, _ = output
     is_open = gates > 0

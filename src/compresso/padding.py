@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.extract import sized_config
-from compresso.families import Family, family_of, name_in_files
+from compresso.extract import as_in_files, sized_config
+from compresso.families import Family, family_of
 from compresso.shape import LayerShape, describe, rows_of_channels, rows_per_group
 
 
@@ -92,8 +92,8 @@ def pad(model: PreTrainedModel, layers: Sequence[LayerShape]) -> PreTrainedModel
             new_weight.index_copy_(max(0, len(size) - 2), rows[module].to(model.device), old_weight)
         else:
             new_weight.index_copy_(-1, columns[module].to(model.device), old_weight)
-    padded = {name_in_files(config.model_type, name): tensor for name, tensor in padded.items()}
-    wider = model_class.from_pretrained(None, config=config, state_dict=padded, dtype=model.dtype)
+    state = as_in_files(config.model_type, padded.items())
+    wider = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     wider.generation_config = copy.deepcopy(model.generation_config)
     return wider.to(model.device).eval()
 

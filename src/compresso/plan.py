@@ -70,9 +70,7 @@ class Plan:
     @property
     def keep(self) -> dict[str, list[Tensor]]:
         """Indices kept: for each unit one int64 tensor a layer (a single one for `hidden`)."""
-        return {
-            unit: [part.nonzero().squeeze(1) for part in self._parts(self.gates, unit)] for unit in self.gates
-        }
+        return {unit: [part.nonzero().squeeze(1) for part in self._parts(self.gates, unit)] for unit in self.gates}
 
     @property
     def sparsity(self) -> float:
@@ -215,7 +213,7 @@ def select(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float,
     if target_sparsity == 0:
         return removal.plan()
     if round_to > min(
-        (size for u in scores if u in ("intermediate", "hidden") for size in shape.sizes(u) if size), default=1
+        (size for u in scores if u in ("intermediate", "hidden") for size in shape.sizes(u) if size), default=round_to
     ):
         raise ValueError(f"--round-to {round_to} is wider than the narrowest FFN or hidden width of this model")
     largest = largest_sparsity(shape, tuple(scores), round_to)

@@ -121,19 +121,21 @@ def _matrices(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def _over_unit(model: PreTrainedModel, of_weight: Callable[[str, Tensor], Tensor]) -> Scores:
-    """Sum of `of_weight` over all weights of each unit: rows of the matrices before it, columns of the one after, all of
-    both for an expert."""
+    """Sum of `of_weight` over all weights of each unit: rows of the matrices before it, columns of the one after, all
+    of both for an expert."""
     family, shape = family_of(model.config.model_type), describe(model)
     parts: dict[str, list[Tensor]] = {u: [] for u in ("kv_group", "intermediate", "expert") if u in shape.units}
-    for i, layer in enumerate(shape.layers):
-        for unit, own in parts.items():
-            count = shape.sizes(unit)[i]
-            own.append(torch.zeros(count))
+    for unit, own in parts.items():
+        for i, count in enumerate(shape.sizes(unit)):
+            total = torch.zeros(count)
             for path, dim in _members(family, unit) if count else ():
                 name = f"{family.layers}.{i}.{family.weight(path)}"
                 each = of_weight(name, model.get_parameter(name).detach()).movedim(dim, 0).flatten(1).sum(1)
-                # channels follow one another, of experts first in gate and then in up; others have all of theirs together
-                own[-1] += (each.view(-1, count).sum(0) if unit == "intermediate" else each.view(count, -1).sum(1)).cpu()
+                if unit == "intermediate":  # of experts there are those of gate, then those of up
+                    total += each.view(-1, count).sum(0).cpu()
+                else:
+                    total += each.view(count, -1).sum(1).cpu()
+            own.append(total)
     return {unit: torch.cat(values) for unit, values in parts.items()}
 
 

@@ -167,7 +167,7 @@ def rows_of(units: Tensor, each: int) -> Tensor:
 
 
 def rows_of_channels(family: Family, channels: Tensor, width: int) -> Tensor:
-    """Indices of the rows of `mlp_inputs` that these FFN channels of so many own: of an expert, those of gate and up."""
+    """Indices of the rows of `mlp_inputs` that these FFN channels of so many own; in experts, those of gate and up."""
     return torch.cat([channels, channels + width]) if family.router else channels
 
 

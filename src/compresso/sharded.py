@@ -50,7 +50,9 @@ def load(place: Path, dtype: torch.dtype, accelerator: Accelerator) -> tuple[Pre
     return model.eval(), StoredWeights(place).dtype
 
 
-def _fill(module: nn.Module, prefix: str, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def _fill(
+    module: nn.Module, prefix: str, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     """Read the parameters that are not there yet; a tied one has no name of its own among the stored."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta and prefix + name in stored:

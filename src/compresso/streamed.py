@@ -40,7 +40,7 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, family: Family | None = None):
-        """Of a family whose files call tensors otherwise, they go by the model's names here; its experts are stacked."""
+        """Of a family whose files call tensors otherwise, they go by the model's names here, experts in stacks."""
         self._file: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
         self._stacks: dict[str, list[list[str]]] = {}
@@ -284,9 +284,7 @@ def _file_name(number: int, of: int) -> str:
     return "model.safetensors" if of == 1 else f"model-{number:05}-of-{of:05}.safetensors"
 
 
-def _header(
-    shard: dict[str, int], dtype: torch.dtype, stored: dict[str, list[tuple[str, tuple[int, ...]]]]
-) -> bytes:
+def _header(shard: dict[str, int], dtype: torch.dtype, stored: dict[str, list[tuple[str, tuple[int, ...]]]]) -> bytes:
     """The beginning of a safetensors file: its length, then JSON, padded with spaces to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, begin in shard.items():

@@ -172,8 +172,8 @@ def recomputed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 
 
 def operations(model: PreTrainedModel, tokens: int, passes: int) -> int:
-    """Floating-point operations of passes of a model over tokens: two for each token and parameter that it goes through;
-    a backward pass counts as two passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+    """Floating-point operations of passes of a model over tokens: two for a token and each parameter that it meets; a
+    backward pass counts as two passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
     return 2 * passes * tokens * (sum(p.numel() for p in model.parameters()) - idle(model))
 
 
