@@ -135,16 +135,21 @@ def _watch(
             hidden_before_targets(model, batch)
 
 
+def check_inputs(model_type: str) -> None:
+    """Raise ValueError for a mixture: no module of it gets what goes into the last matrix of an expert."""
+    if family_of(model_type).router:
+        raise ValueError(
+            f"experts of a {model_type} do not show what goes into their last matrices, which wanda, flap, minitron "
+            "and --refit measure; use --method l0, taylor, taylor2, magnitude, shortgpt or random"
+        )
+
+
 def input_moments(model: PreTrainedModel, given: Sequence[Batch], gram: bool = False) -> dict[str, Moments]:
     """Moments of the inputs of all output matrices (`output_paths`) over the batches' tokens, by path.
 
-    A shared prompt counts once a batch. Raises ValueError for a mixture, whose experts do not show theirs.
+    A shared prompt counts once a batch. Raises as `check_inputs`.
     """
-    if family_of(model.config.model_type).router:
-        raise ValueError(
-            f"experts of a {model.config.model_type} do not show what goes into their last matrices, which wanda, "
-            "flap, minitron and --refit measure; use --method l0, taylor, taylor2, magnitude, shortgpt or random"
-        )
+    check_inputs(model.config.model_type)
     found: dict[str, Moments] = {}
 
     def see(name: str, x: Tensor, out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -25,7 +26,7 @@ from transformers.utils import cached_file
 
 from compresso import demo, gguf_header, hub, nemotron_nas, per_layer, untrusted, whole_files
 from compresso.config import nearest_path
-from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.families import FAMILIES, PER_LAYER_PREFIX, family_of
 from compresso.mixtures import sort_channels
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import check_config, describe
@@ -232,6 +233,11 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
     except ImportError:
         raise ValueError("reading .gguf needs the package gguf: pip install 'compresso-llm[gguf]'") from None
     names, held = gguf_header.check(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
+    if any(".ffn_gate_exps." in name for name in names):
+        raise ValueError(
+            f"{path} holds a mixture of experts, whose widths transformers does not read off GGUF; use the safetensors "
+            "checkpoint of this model"
+        )
     try:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         parameters = _count(config)
@@ -339,8 +345,20 @@ def write(
                     config.auto_map = {name: f"{stem}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
                     shutil.copyfile(str(module.__file__), partial / file)
         write_weights(partial)
+        _name_experts(partial, config)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _name_experts(folder: Path, config: PreTrainedConfig) -> None:
+    """Tell in config.json how many experts there are by the family's name too, which other readers look for (MLX);
+    transformers 5 writes one name for all."""
+    family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))
+    name = family.num_experts if family else None
+    if name and name in config.attribute_map:
+        path = folder / "config.json"
+        settings = {**json.loads(path.read_bytes()), name: getattr(config, name)}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def prompt_of(config: PreTrainedConfig) -> CollaborativePrompt | None:

@@ -30,6 +30,7 @@ from compresso.families import family_of
 from compresso.learned import dense
 from compresso.masks import Gates
 from compresso.mixtures import idle
+from compresso.prepare import with_units
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import shapes_of
@@ -78,6 +79,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     if config.sharded and processes < 2:
         raise ValueError("the settings split the weights over processes (sharded); say over how many (--gpus 8)")
     architecture, prompt_tokens = _look(config)
+    config = with_units(config, architecture.model_type)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     whole = shapes_of(architecture, dtype)
     shape = describe(whole)
@@ -325,7 +327,7 @@ def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor, *_: object) -> Tensor:
-    """What torch's product by groups gives, of (S, K) and (E, K, N) or (K, S) and (S, N): its own knows bfloat16 alone."""
+    """What torch's product by groups gives, of (S, K) and (E, K, N) or (K, S) and (S, N); it knows bfloat16 alone."""
     size = (len(a), b.shape[-1])
     return a.new_empty(size if b.ndim == 3 else (len(offs), *size))
 

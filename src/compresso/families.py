@@ -203,10 +203,13 @@ FAMILIES: dict[str, Family] = {
         _MIXTURE,
         query_key_norms=True,
         intermediate_size="moe_intermediate_size",
+        gguf="qwen3moe",
         needs=(("mlp_only_layers", []), ("decoder_sparse_step", 1)),  # or some layers are no mixtures
     ),
     "mixtral": replace(
         _MIXTURE,
+        num_experts="num_local_experts",
+        gguf="llama",
         stored_names=(("mlp.gate.", "block_sparse_moe.gate."),),
         stored_experts=(
             (

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, whole_files
 from compresso.adapters import linear_names
 from compresso.batches import Encoder
+from compresso.calibration import check_inputs
 from compresso.config import PruneConfig, nearest
 from compresso.families import UNITS, family_of
 from compresso.one_at_a_time import alone_in
@@ -69,7 +70,9 @@ def prepare(
         _check_processes(progress, accelerator, folder)
     set_seed(config.seed)
     model, tokenizer, stored, place = _load(config, str(source or config.model), accelerator)
-    config = _with_units(config, model.config.model_type)
+    config = with_units(config, model.config.model_type)
+    if config.refit or config.method in ("wanda", "flap", "minitron"):
+        check_inputs(model.config.model_type)
     if new:
         _check_target(config, describe(model))
     if prompt.format == "auto":
@@ -285,7 +288,7 @@ def _unfinished(folder: Path) -> bool:
         return False
 
 
-def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
+def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     """The settings without units that this family cannot lack, or its stock class where the shape is to be one that
     it takes; raises ValueError if they were asked for. For a mixture with what its experts ask for."""
     family = family_of(model_type)

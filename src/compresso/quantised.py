@@ -23,8 +23,8 @@ def load(place: Path, device: torch.device) -> tuple[PreTrainedModel, torch.dtyp
     model_type = AutoConfig.from_pretrained(place, trust_remote_code=False).model_type
     if family_of(model_type).router:
         raise ValueError(
-            f"--precision 4bit: bitsandbytes rounds modules, and the experts of a {model_type} are none, so that nearly "
-            "all of it would stay as it is; use bf16, --sharded over several GPUs if it does not fit"
+            f"--precision 4bit: bitsandbytes rounds modules, and the experts of a {model_type} are none, so that most "
+            "of it would stay as it is; use bf16, --sharded over several GPUs if it does not fit"
         )
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
