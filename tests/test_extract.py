@@ -12,7 +12,7 @@ from compresso.masks import gated
 from compresso.plan import Plan
 from compresso.prefix import for_rows, run_prefix, with_cache
 from compresso.shape import count_prunable, describe, prunable_parameters, sparsity
-from tiny import random_plan, tiny_model
+from tiny import allowed, random_plan, tiny_model
 
 VARIANTS = [
     *((name, {}) for name in FAMILIES),
@@ -25,6 +25,7 @@ VARIANTS = [
     ("opt", {"enable_bias": False, "tie_word_embeddings": False}),
     ("gpt_neox", {"use_parallel_residual": False}),
     ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
+    ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 6, "num_experts_per_tok": 3}),
 ]
 variants = pytest.mark.parametrize(("model_type", "settings"), VARIANTS)
 
@@ -35,11 +36,12 @@ def logits(model, ids):
 
 
 def gates_of(model, keep: dict[str, list[int]]) -> Plan:
-    """A plan that keeps these many units of every layer, from the first on; of units that are fixed, all or none."""
-    shape = describe(model)
+    """A plan that keeps these many units of every layer, from the first on, or as few more as the family allows."""
+    shape, family = describe(model), family_of(model.config.model_type)
     gates = {}
     for unit, kept in keep.items():
-        if unit in family_of(model.config.model_type).fixed:
+        kept = [allowed(shape, family, unit, n) for n in kept]
+        if unit in family.fixed:
             kept = [size if n else 0 for n, size in zip(kept, shape.sizes(unit), strict=True)]
         parts = [(torch.arange(size) < n).double() for size, n in zip(shape.sizes(unit), kept, strict=True)]
         gates[unit] = torch.cat(parts)
@@ -90,7 +92,7 @@ def test_extracting_twice_equals_extracting_the_product_once(model_type, setting
     twice = extract(middle, second)
 
     product, kept_layers = copy.deepcopy(first.gates), [i for i, w in enumerate(first.widths()) if any(w.values())]
-    for unit in ("kv_group", "intermediate", "hidden"):
+    for unit in {"kv_group", "intermediate", "hidden", "expert"} & product.keys():
         outer = list(product[unit].split(first.shape.sizes(unit)))
         inner = second.gates[unit].split(second.shape.sizes(unit))
         for j, i in enumerate(kept_layers if unit != "hidden" else [0]):

@@ -34,11 +34,12 @@ LOADABLE = {  # what llama.cpp's loaders take as given
     "smollm3": {"no_rope_layers": [1, 1, 1]},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gemma3_text": {"layer_types": ["sliding_attention"] * 3},
+    "qwen3_moe": {"norm_topk_prob": True},
 }
 
 
 def smaller(model_type, widths, **settings):
-    model = tiny_model(model_type, **LOADABLE.get(model_type, {}), **settings)
+    model = tiny_model(model_type, **{**settings, **LOADABLE.get(model_type, {})})
     groups = describe(model).layers[0].num_key_value_heads
     widths = {**widths, "kv_group": [min(n, groups) for n in widths["kv_group"]]}
     hidden = [32 if model_type == "olmo2" else 24]

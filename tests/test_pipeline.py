@@ -21,7 +21,7 @@ from compresso.families import FAMILIES
 from compresso.lagrangian import Lagrangian, make_schedule
 from compresso.masks import Gates, Masks
 from compresso.prepare import prepare
-from compresso.shape import UNITS, count_prunable, describe
+from compresso.shape import count_prunable, describe
 from compresso.stopping import Stopped
 from tiny import QUICK, tiny_model
 
@@ -118,7 +118,7 @@ def test_all_units_of_every_family_at_once(model_type, tokenizer, data, tmp_path
         data=str(data),
         output=str(tmp_path / "run"),
         target_sparsity=0.5,
-        units=[unit for unit in UNITS if unit not in FAMILIES[model_type].fixed],
+        units=FAMILIES[model_type].units,
         round_to=4,
         **QUICK,
     )

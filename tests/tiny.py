@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from compresso.families import FAMILIES, family_of
+from compresso.families import FAMILIES, Family, family_of
 from compresso.plan import Plan
-from compresso.shape import describe
+from compresso.shape import BINARY, ModelShape, describe
 from documents import WORDS
 
 QUICK = {
@@ -40,6 +40,8 @@ def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
         "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 64},
         "opt": {"ffn_dim": 48},
         "gpt_neox": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        "mixtral": {"num_local_experts": 4, "intermediate_size": 24, "sliding_window": None},
     }
     torch.manual_seed(seed)
     values = {
@@ -76,19 +78,28 @@ def tiny_model(model_type: str, seed: int = 0, **settings) -> PreTrainedModel:
 
 def random_plan(model: PreTrainedModel, keep: float = 0.6, seed: int = 0, soft: bool = False) -> Plan:
     """A plan that keeps about this share of every unit, at 1 or at a random scale."""
-    shape = describe(model)
+    shape, family = describe(model), family_of(model.config.model_type)
     generator = torch.Generator().manual_seed(seed)
     gates = {}
     for unit, g in shape.open_gates().items():
         u = torch.rand(g.shape, generator=generator, dtype=torch.float64)
         on = (u < (0.8 if unit in ("attention", "mlp") else keep)).double()
         on[int(u.argmin())] = 1
-        if unit in family_of(model.config.model_type).fixed:
+        if unit in family.fixed:
             on[:] = 1
-        if soft and unit != "hidden":
+        for part, chance in zip(on.split(shape.sizes(unit)), u.split(shape.sizes(unit)), strict=True):
+            part[chance.argsort()[: allowed(shape, family, unit, int(part.sum()))]] = 1
+        if soft and unit not in BINARY:
             on *= 0.2 + 0.8 * torch.rand(g.shape, generator=generator, dtype=torch.float64)
         gates[unit] = on
     return Plan(shape, gates)
+
+
+def allowed(shape: ModelShape, family: Family, unit: str, count: int) -> int:
+    """The least number of units, not below this one, that a layer may keep."""
+    if unit == "expert":
+        return max(count, shape.experts_per_token) if count else 0
+    return count + -count % (family.multiple if unit in ("intermediate", "hidden") else 1)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

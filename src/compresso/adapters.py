@@ -18,15 +18,24 @@ from transformers import PreTrainedModel
 
 from compresso.checkpoint import cast
 from compresso.config import PruneConfig
+from compresso.families import family_of
 
 ADAPTER = "default"  # peft's name of the only adapter
 Adapter = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank), scale
 
 
 def add_lora(model: PreTrainedModel, config: PruneConfig, seed: int) -> PeftModel:
-    """Wrap the model with LoRA. Raises ValueError if no module carries a target's name."""
+    """Wrap the model with LoRA; the experts of a mixture, which are no modules, get none.
+
+    Raises ValueError if no module carries a target's name.
+    """
     torch.manual_seed(seed)
-    targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
+    family = family_of(model.config.model_type)
+    targets: str | list[str] = list(config.lora_targets)
+    if config.lora_targets == ("all-linear",):
+        targets = "all-linear"  # of a mixture peft would take stacks too, and hold the change of all their numbers
+        if family.router:
+            targets = sorted(linear_names(model.get_submodule(family.layers)))
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -40,6 +49,11 @@ def add_lora(model: PreTrainedModel, config: PruneConfig, seed: int) -> PeftMode
             if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
                 module.forward = _Forward(module)
     return wrapped
+
+
+def linear_names(layers: nn.Module) -> set[str]:
+    """What the linear modules of decoder layers are called there."""
+    return {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
 
 
 def inside(wrapped: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -4,6 +4,7 @@
 layers and kinds comparable, so that one threshold serves for all (FLAP, arXiv 2312.11983, section 3.3).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -25,12 +26,14 @@ def uniform(
     target_sparsity: float,
     round_to: int = 1,
     groups_kept: Callable[[int, int], int] | None = None,
+    experts_kept: int | None = None,
 ) -> Plan:
     """Keep the best of every layer, the same share in all of them.
 
     With hidden channels, width and hidden size shrink by the same factor. Groups are coarse: only those go that the
-    share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest. `groups_kept` may change the
-    number of groups that this rule keeps, given it and how many there are.
+    share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest. So are experts; with channels,
+    both shrink by the same factor. `groups_kept` may change the number of groups that this rule keeps, given it and how
+    many there are; `experts_kept` is a number of experts instead of the rule's.
     """
     left = 1 - target_sparsity
     gates = shape.open_gates()
@@ -38,21 +41,30 @@ def uniform(
         kept = _whole(shape.hidden_size * left**0.5, shape.hidden_size, round_to)
         gates["hidden"] = best(scores["hidden"], kept)
         left *= shape.hidden_size / kept
-    parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
+    parts: dict[str, list[Tensor]] = {u: [] for u in ("kv_group", "intermediate", "expert") if u in gates}
     before = {unit: gates[unit].split(shape.sizes(unit)) for unit in parts}
     of = {unit: scores[unit].split(shape.sizes(unit)) for unit in parts if unit in scores}
     for i, layer in enumerate(shape.layers):
-        groups, channels = layer.num_key_value_heads, layer.intermediate_size
-        rows = left * (layer.attention_rows + channels * shape.mlp_matrices)
+        groups, channels, experts = layer.num_key_value_heads, layer.intermediate_size, layer.experts
+        rows = left * shape.rows(layer)
         if "kv_group" in of and groups:
-            share = left if "intermediate" in of else (rows - channels * shape.mlp_matrices) / layer.attention_rows
+            narrows = of.keys() & {"intermediate", "expert"}
+            share = left if narrows else (rows - layer.channels * shape.mlp_matrices) / layer.attention_rows
             kept = min(groups, max(1, math.ceil(groups * share - 1e-9)))
             groups = groups_kept(kept, groups) if groups_kept else kept
             parts["kv_group"].append(best(of["kv_group"][i], groups))
         else:
             parts["kv_group"].append(before["kv_group"][i])
+        wanted = (rows - groups * layer.rows_per_group) / shape.mlp_matrices  # channels, of all experts
+        if "expert" in of and experts:
+            share = max(0.0, wanted / layer.channels)
+            fewest = math.ceil(experts * share**0.5 - 1e-9) if "intermediate" in of else round(experts * share)
+            experts = min(experts, max(shape.experts_per_token, experts_kept or fewest))
+            parts["expert"].append(best(of["expert"][i], experts))
+        elif "expert" in parts:
+            parts["expert"].append(before["expert"][i])
         if "intermediate" in of and channels:
-            wanted = (rows - groups * layer.rows_per_group) / shape.mlp_matrices
+            wanted /= experts
             parts["intermediate"].append(best(of["intermediate"][i], _whole(wanted, channels, round_to)))
         else:
             parts["intermediate"].append(before["intermediate"][i])
@@ -82,7 +94,13 @@ def equally_wide(shape: ModelShape, open_probability: dict[str, Tensor], target_
         raise ValueError(f"widths in multiples of {rules.round_to} do not fit a width of {narrowest}")
     most = shape.layers[0].num_key_value_heads
     allowed = [n for n in range(1, most + 1) if rules.allows(n)] if "kv_group" in open_probability else [most]
-    plans = [uniform(shape, open_probability, target_sparsity, rules.round_to, lambda *_, n=n: n) for n in allowed]
+    experts: list[int | None] = [None]
+    if "expert" in open_probability:
+        experts = list(range(shape.experts_per_token, shape.layers[0].experts + 1))
+    plans = [
+        uniform(shape, open_probability, target_sparsity, rules.round_to, lambda *_, n=n: n, e)
+        for n, e in itertools.product(allowed, experts)
+    ]
     nearest = min((abs(plan.sparsity - target_sparsity) for plan in plans), default=1.0)
     if nearest > FAR:
         found = ", ".join(f"{sparsity:.3f}" for sparsity in sorted({plan.sparsity for plan in plans})) or "nothing"
@@ -96,10 +114,10 @@ def equally_wide(shape: ModelShape, open_probability: dict[str, Tensor], target_
 
 def _contradiction(shape: ModelShape, open_probability: dict[str, Tensor], plan: Plan) -> float:
     """Expected parameters in units whose gates differ from the plan, in rows of a hidden channel each."""
-    price = {"kv_group": shape.layers[0].rows_per_group, "intermediate": shape.mlp_matrices}
     return sum(
-        price.get(unit, 0) * float((plan.gates[unit] - p.double().cpu()).abs().sum())
+        shape.price(unit)[0] * float((plan.gates[unit] - p.double().cpu()).abs().sum())
         for unit, p in open_probability.items()
+        if unit in ("kv_group", "intermediate", "expert")
     )
 
 
@@ -114,7 +132,7 @@ def standardised(shape: ModelShape, scores: dict[str, Tensor]) -> dict[str, Tens
 
 def whole_layers(shape: ModelShape, scores: Tensor, target_sparsity: float) -> Plan:
     """Without the layers of lowest score (L,), as many as come nearest to the target; at least one stays."""
-    sizes = torch.tensor([la.attention_rows + la.intermediate_size * shape.mlp_matrices for la in shape.layers])
+    sizes = torch.tensor([*map(shape.rows, shape.layers)])
     order = scores.argsort(stable=True)
     removed = torch.cat([sizes.new_zeros(1), sizes[order[:-1]].cumsum(0)])  # by the first 0, 1, 2, ... of them
     count = int((removed - target_sparsity * float(sizes.sum())).abs().argmin())

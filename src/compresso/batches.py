@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,11 @@ class Batch:
         prefix = self.prefix.expand(len(self.ids), -1)
         labels = torch.cat([torch.full_like(prefix, IGNORE), self.labels], 1)
         return Batch(self.prefix[:0], torch.cat([prefix, self.ids], 1), labels, self.tokens, before_targets(labels))
+
+    def rows(self) -> Iterator["Batch"]:
+        """The rows of an unshared batch, each by itself."""
+        for ids, labels in zip(self.ids.split(1), self.labels.split(1), strict=True):
+            yield Batch(self.prefix, ids, labels, ids.numel(), before_targets(labels))
 
     def to(self, device: torch.device) -> "Batch":
         there = (t.to(device) for t in (self.prefix, self.ids, self.labels, self.places))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compresso.batches import IGNORE, Batch, batches
 from compresso.families import family_of
+from compresso.masks import Gates
 from compresso.records import Source, similar_lengths
 from compresso.shape import describe, has
 from compresso.streams import mixed
@@ -134,11 +135,21 @@ def _watch(
             hidden_before_targets(model, batch)
 
 
+def check_inputs(model_type: str) -> None:
+    """Raise ValueError for a mixture: no module of it gets what goes into the last matrix of an expert."""
+    if family_of(model_type).router:
+        raise ValueError(
+            f"experts of a {model_type} do not show what goes into their last matrices, which wanda, flap, minitron "
+            "and --refit measure; use --method l0, taylor, taylor2, magnitude, shortgpt or random"
+        )
+
+
 def input_moments(model: PreTrainedModel, given: Sequence[Batch], gram: bool = False) -> dict[str, Moments]:
     """Moments of the inputs of all output matrices (`output_paths`) over the batches' tokens, by path.
 
-    A shared prompt counts once a batch.
+    A shared prompt counts once a batch. Raises as `check_inputs`.
     """
+    check_inputs(model.config.model_type)
     found: dict[str, Moments] = {}
 
     def see(name: str, x: Tensor, out: Tensor) -> None:
@@ -224,20 +235,53 @@ def weight_gradients(
 def gate_gradients(
     model: PreTrainedModel, given: Sequence[Batch], recompute: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of the loss with respect to the gates of groups and channels: their mean over records, and that of
-    their squares.
+    """Gradients of the loss with respect to the gates of groups, channels and experts: their mean over records, and
+    that of their squares.
 
     A record's loss is its sum over targets, divided by the mean number of targets. Both results are flat tensors by
     kind of unit; half the mean square estimates what the loss of a trained model gains when the unit goes (Optimal
     Brain Damage, LeCun et al. 1989, with the Fisher information for the Hessian). `recompute` saves memory, as in
     training.
     """
-    shape = describe(model)
-    places = list(output_paths(model))
-    sums = {unit: [torch.zeros(2, n) for n in shape.sizes(unit)] for unit in ("kv_group", "intermediate")}
-    leaves: dict[str, Tensor] = {}
     records = sum(len(batch.ids) for batch in given)
     targets = sum(batch.targets for batch in given) / records
+    each = _of_a_record if family_of(model.config.model_type).router else _of_all_rows
+    sums: dict[str, Tensor] = {}
+    with _learning_only(model, ()), recomputed(model, recompute):
+        for found in each(model, given, lambda batch: target_loss(model, batch) / targets):
+            for unit, gradient in found.items():
+                sums[unit] = sums.get(unit, 0) + torch.stack([gradient.sum(0), gradient.square().sum(0)]) / records
+    if not all(torch.isfinite(both).all() for both in sums.values()):
+        raise ValueError("the model's gradients are not numbers (NaN or infinite); its weights may be damaged")
+    first, second = ({unit: both[k] for unit, both in sums.items()} for k in range(2))
+    return first, second
+
+
+Gradients = Iterator[dict[str, Tensor]]
+"""By kind of unit, of some records: (records, units)."""
+
+
+def _of_a_record(model: PreTrainedModel, given: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> Gradients:
+    """One record after the other: in the experts, rows of all records are mixed."""
+    shape = describe(model)
+    gates = Gates(model, shape)
+    units: list[str] = [unit for unit in ("kv_group", "intermediate", "expert") if unit in shape.units]
+    try:
+        for batch in followed(given):
+            for record in batch.unshared().rows():
+                leaves = {unit: torch.ones(sum(shape.sizes(unit)), requires_grad=True) for unit in units}
+                gates.set(leaves)
+                loss(record).backward()
+                yield {unit: leaf.grad[None] for unit, leaf in leaves.items() if leaf.grad is not None}
+    finally:
+        gates.remove()
+
+
+def _of_all_rows(model: PreTrainedModel, given: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> Gradients:
+    """All records of a batch together: each row has gates of its own."""
+    shape = describe(model)
+    places = list(output_paths(model))
+    leaves: dict[str, Tensor] = {}
 
     def multiply(path: str, each: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate = leaves[path].repeat_interleave(each, -1).to(args[0].dtype)
@@ -248,19 +292,15 @@ def gate_gradients(
     for i, unit, path in places:
         hook = partial(multiply, path, shape.layers[i].columns(unit))
         handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
-    with _learning_only(model, ()), _removing(handles):
+    with _removing(handles):
         for batch in followed(given):
             for i, unit, path in places:
                 gate = torch.ones(len(batch.ids), 1, shape.sizes(unit)[i], device=batch.ids.device)
                 leaves[path] = gate.requires_grad_()
-            with recomputed(model, recompute):
-                (target_loss(model, batch.unshared()) / targets).backward()
-            for i, unit, path in places:
+            loss(batch.unshared()).backward()
+            found: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
+            for _, unit, path in places:
                 gradient = leaves[path].grad
                 assert gradient is not None
-                found = gradient[:, 0].float().cpu()
-                sums[unit][i] += torch.stack([found.sum(0), found.square().sum(0)]) / records
-    if not all(torch.isfinite(both).all() for parts in sums.values() for both in parts):
-        raise ValueError("the model's gradients are not numbers (NaN or infinite); its weights may be damaged")
-    first, second = ({unit: torch.cat([both[k] for both in parts]) for unit, parts in sums.items()} for k in range(2))
-    return first, second
+                found[unit].append(gradient[:, 0].float().cpu())
+            yield {unit: torch.cat(parts, 1) for unit, parts in found.items() if parts}

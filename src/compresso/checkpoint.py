@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -25,7 +26,8 @@ from transformers.utils import cached_file
 
 from compresso import demo, gguf_header, hub, nemotron_nas, per_layer, untrusted, whole_files
 from compresso.config import nearest_path
-from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.families import FAMILIES, PER_LAYER_PREFIX, family_of
+from compresso.mixtures import sort_channels
 from compresso.prompts import CollaborativePrompt
 from compresso.shape import check_config, describe
 from compresso.unfused import UNFUSED
@@ -141,7 +143,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported family, or of any, and its tokenizer, in `dtype` or the stored one.
 
-    Raises FileNotFoundError or ValueError, with what was found and what to do, for
+    Of a mixture of a supported family, the channels of each expert are put in order (`mixtures.sort_channels`), which
+    plans count on. Raises FileNotFoundError or ValueError, with what was found and what to do, for
     everything that cannot be loaded.
     """
     model = find(str(model), any_family)
@@ -157,6 +160,8 @@ def load(
     _refuse_incomplete(model, info)
     if not any_family and loaded.config.model_type in UNFUSED:
         loaded = UNFUSED[loaded.config.model_type](loaded)
+    if not any_family:
+        sort_channels(loaded)
     return loaded.eval(), load_tokenizer(folder)
 
 
@@ -228,6 +233,11 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
     except ImportError:
         raise ValueError("reading .gguf needs the package gguf: pip install 'compresso-llm[gguf]'") from None
     names, held = gguf_header.check(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
+    if any(".ffn_gate_exps." in name for name in names):
+        raise ValueError(
+            f"{path} holds a mixture of experts, whose widths transformers does not read off GGUF; use the safetensors "
+            "checkpoint of this model"
+        )
     try:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         parameters = _count(config)
@@ -274,6 +284,8 @@ def _load_gguf(
     state = raw.state_dict()
     model = model_class.from_pretrained(None, config=clean, state_dict=state, dtype=dtype or torch.bfloat16)
     model.generation_config = copy.deepcopy(raw.generation_config)
+    if not any_family:
+        sort_channels(model)
     return model.eval(), tokenizer
 
 
@@ -333,8 +345,20 @@ def write(
                     config.auto_map = {name: f"{stem}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
                     shutil.copyfile(str(module.__file__), partial / file)
         write_weights(partial)
+        _name_experts(partial, config)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _name_experts(folder: Path, config: PreTrainedConfig) -> None:
+    """Tell in config.json how many experts there are by the family's name too, which other readers look for (MLX);
+    transformers 5 writes one name for all."""
+    family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))
+    name = family.num_experts if family else None
+    if name and name in config.attribute_map:
+        path = folder / "config.json"
+        settings = {**json.loads(path.read_bytes()), name: getattr(config, name)}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def prompt_of(config: PreTrainedConfig) -> CollaborativePrompt | None:
@@ -363,11 +387,13 @@ def model_card(
     per_layer_widths = model.config.model_type.startswith(PER_LAYER_PREFIX)
     trust = ", trust_remote_code=True" if per_layer_widths else ""
     shape = describe(model)
-    rows = "\n".join(
-        f"| {i} | {layer.num_key_value_heads * layer.queries_per_group} | {layer.num_key_value_heads} "
-        f"| {layer.intermediate_size} |"
-        for i, layer in enumerate(shape.layers)
-    )
+    columns = {"num_attention_heads": "query heads", "num_key_value_heads": "key/value heads"}
+    columns |= {"intermediate_size": "FFN channels", "num_experts": "experts"}
+    shown = [key for key in columns if key in shape.layers[0].widths]
+    table = [["layer", *(columns[key] for key in shown)], ["---"] * (1 + len(shown))]
+    table += [[str(i), *(str(layer.widths[key]) for key in shown)] for i, layer in enumerate(shape.layers)]
+    separators = ["|".join(row) if "---" in row else f" {' | '.join(row)} " for row in table]
+    rows = "\n".join(f"|{row}|" for row in separators)
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     code = REMOTE_CODE[per_layer]
     note = (
@@ -415,7 +441,5 @@ tags: [pruned, compresso]
 
 Hidden size {shape.hidden_size}.
 
-| layer | query heads | key/value heads | FFN channels |
-|---|---|---|---|
 {rows}
 """

@@ -40,16 +40,20 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
     stock = not config.model_type.startswith(PER_LAYER_PREFIX)
     groups = {layer.num_key_value_heads for layer in layers}
     widths = {layer.intermediate_size for layer in layers}
+    experts = {(layer.num_experts, layer.intermediate_size) for layer in layers if layer.experts}
+    as_many = len({number for number, _ in experts}) == 1
     no_attention = 0 in groups
     differing = [
         *(["key/value heads"] if len(groups - {0}) > 1 else []),
         *(["FFN channels"] if len(widths - {0}) > 1 else []),
+        *([] if as_many else ["experts"]),
         *(["no attention in some"] if no_attention else []),
         *(["no FFN in some"] if 0 in widths else []),
     ]
     unequal = f"its layers differ: {', '.join(differing) or 'heads that no stock class takes'}"
     deci = family.gguf_per_layer == "deci"
-    padded = {name: "export --to padded" if name in family.native else "another runtime" for name in VERSIONS}
+    fills = "export --to padded" if as_many else "prune --shape uniform"
+    padded = {name: fills if name in family.native else "another runtime" for name in VERSIONS}
     if stock:
         parallel = math.gcd(layers[0].num_key_value_heads, layers[0].intermediate_size)
         native = f"a stock {config.model_type}", f"tensor parallel over {_divisors(parallel)}"
@@ -63,21 +67,20 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
     else:
         nas = "export --to nemotron-nas, native there" if deci else padded["vLLM"]
         backend = "--model-impl transformers --trust-remote-code"
-        same_heads = len(groups) == 1
+        same_heads, one_mixture = len(groups) == 1, not family.router or len(experts) == 1
+        in_vllm = "a layer without attention is refused there" if no_attention else "per_layer_config is read"
+        in_sglang = "the same heads in every layer" if same_heads else "one number of heads for all layers there"
+        if not one_mixture:
+            in_vllm = in_sglang = "one number and width of experts for all layers there"
+        vllm, sglang = not no_attention and one_mixture, same_heads and one_mixture
         read = [
             Verdict("vLLM, own classes", False, unequal, nas, f"{READ} (0.33)"),
-            Verdict(
-                "vLLM, transformers backend",
-                not no_attention,
-                "a layer without attention is refused there" if no_attention else "per_layer_config is read",
-                padded["vLLM"] if no_attention else backend,
-                f"{READ} (0.33)",
-            ),
+            Verdict("vLLM, transformers backend", vllm, in_vllm, backend if vllm else padded["vLLM"], f"{READ} (0.33)"),
             Verdict(
                 "SGLang, transformers backend",
-                same_heads,
-                "the same heads in every layer" if same_heads else "one number of heads for all layers there",
-                backend if same_heads else padded["SGLang"],
+                sglang,
+                in_sglang,
+                backend if sglang else padded["SGLang"],
                 f"{READ} (0.5.23)",
             ),
             *(
@@ -85,10 +88,13 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
                 for name in ("TensorRT-LLM", "MLX")
             ),
         ]
+    in_peft = "its modules are plain Linear layers", "as any model"
+    if family.router:
+        in_peft = "attention is plain Linear layers, experts are stacks", "target_parameters for experts"
     code = "needs nothing" if stock else "trust_remote_code=True, or import compresso"
     return [
         Verdict("transformers", True, "a stock class" if stock else "carries its own code", code, RUN),
-        Verdict("PEFT", True, "its modules are plain Linear layers", "as any model", RUN),
+        Verdict("PEFT", True, *in_peft, RUN),
         _llama_cpp(model),
         Verdict("onnxruntime", False, "needs an ONNX graph", "export --to onnx", RUN),
         *read,
@@ -106,6 +112,8 @@ def _llama_cpp(model: PreTrainedModel) -> Verdict:
     except ValueError as error:
         known = family_of(model.config.model_type).gguf is not None
         why, do = str(error), "export --to padded, then --to gguf" if known else "another runtime"
+        if len({layer.experts for layer in describe(model).layers} - {0}) > 1:
+            do = "prune --shape uniform"
     return Verdict(name, False, why, do, RUN)
 
 

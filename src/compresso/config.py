@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from compresso.shape import UNITS
+from compresso.families import UNITS
 from compresso.widths import Widths, parse
 
 PRESETS = {"fast": (150, 150), "default": (600, 600), "best": (3000, 3000)}
@@ -43,8 +43,9 @@ class PruneConfig:
     """Smaller sparsities to leave a model at on the way, comma-separated, each a run in OUTPUT/also that
     `compresso recover` takes. What is removed at one size is removed at all larger ones."""
     units: tuple[str, ...] = ()
-    """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp; by default kv_group and
-    intermediate, for minitron also hidden. With vocab beside them, all tokens that no record uses go as well."""
+    """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp, expert; by default kv_group
+    and intermediate, for minitron also hidden, for a mixture also expert. With vocab beside them, all tokens that no
+    record uses go as well."""
     round_to: int = 1
     """Kept FFN widths and the hidden size become multiples of this."""
     shape: str = "free"
@@ -189,8 +190,8 @@ class PruneConfig:
         if unknown := [unit for unit in self.units if unit not in known]:
             raise ValueError(
                 f"unknown unit {unknown[0]!r}{nearest(unknown[0], known)}; units are {', '.join(known)} (a key/value "
-                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN, tokens "
-                "that no record uses)"
+                "head with its query heads, an FFN channel, a residual channel, a whole attention, a whole FFN, an "
+                "expert of a mixture, tokens that no record uses)"
             )
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units lists a unit twice: {','.join(self.units)}")

@@ -29,6 +29,8 @@ from compresso.cpu_attention import products
 from compresso.families import family_of
 from compresso.learned import dense
 from compresso.masks import Gates
+from compresso.mixtures import idle
+from compresso.prepare import with_units
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import shapes_of
@@ -77,6 +79,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     if config.sharded and processes < 2:
         raise ValueError("the settings split the weights over processes (sharded); say over how many (--gpus 8)")
     architecture, prompt_tokens = _look(config)
+    config = with_units(config, architecture.model_type)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     whole = shapes_of(architecture, dtype)
     shape = describe(whole)
@@ -114,7 +117,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         kept,
         steps,
         tokens,
-        2.0 * passes * parameters * tokens,
+        2.0 * passes * (parameters - idle(whole)) * tokens,
     )
 
 
@@ -219,12 +222,12 @@ def _shares(config: PruneConfig, prompt_tokens: int) -> bool:
 def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneConfig) -> PreTrainedConfig:
     """About what is left: FFN channels removed alone, down to a tenth of them."""
     smaller = copy.deepcopy(architecture)
-    attention = sum(layer.attention_rows for layer in shape.layers)
-    mlp = sum(layer.intermediate_size * shape.mlp_matrices for layer in shape.layers)
-    share = max(0.1, 1 - config.target_sparsity * (attention + mlp) / mlp)
-    name = family_of(architecture.model_type).intermediate_size
+    family = family_of(architecture.model_type)
+    mlp = sum(layer.channels * shape.mlp_matrices for layer in shape.layers)
+    share = max(0.1, 1 - config.target_sparsity * sum(map(shape.rows, shape.layers)) / mlp)
+    name, grain = family.intermediate_size, family.multiple
     smaller.per_layer_config = None  # as in `_with_layers`: all as wide as the widest
-    setattr(smaller, name, round(getattr(smaller, name) * share))
+    setattr(smaller, name, max(1, round(getattr(smaller, name) * share / grain)) * grain)
     return smaller
 
 
@@ -323,6 +326,12 @@ def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
                 module._buffers[name] = fake(buffer)
 
 
+def _grouped(a: Tensor, b: Tensor, offs: Tensor, *_: object) -> Tensor:
+    """What torch's product by groups gives, of (S, K) and (E, K, N) or (K, S) and (S, N); it knows bfloat16 alone."""
+    size = (len(a), b.shape[-1])
+    return a.new_empty(size if b.ndim == 3 else (len(offs), *size))
+
+
 class _Live(TorchDispatchMode):
     """Bytes of the storages that operations inside made and that are still there; `peak` is the most.
 
@@ -336,7 +345,8 @@ class _Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in there}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **(kwargs or {}))
+        grouped = operation is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
+        made = (_grouped if grouped else operation)(*args, **(kwargs or {}))
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()

@@ -21,7 +21,7 @@ from transformers import (
 from compresso import checkpoint, nemotron_nas, whole_files
 from compresso.config import nearest
 from compresso.families import FAMILIES, PER_LAYER_PREFIX
-from compresso.padding import alike, largest, pad, padded_config, with_equal_queries
+from compresso.padding import alike, check_experts, largest, pad, padded_config, with_equal_queries
 from compresso.prompts import find_prompt
 from compresso.shape import LayerShape, describe
 from compresso.streamed import shapes_of
@@ -194,13 +194,15 @@ def _refuse_heads(config: PreTrainedConfig) -> None:
 
 def _span(layers: tuple[LayerShape, ...]) -> str:
     parts = []
-    for name, key in (("key/value heads", "num_key_value_heads"), ("FFN channels", "intermediate_size")):
-        values = [layer.widths[key] for layer in layers]
+    names = {"num_key_value_heads": "key/value heads", "intermediate_size": "FFN channels", "num_experts": "experts"}
+    for key in [key for key in names if key in layers[0].widths]:
+        name, values = names[key], [layer.widths[key] for layer in layers]
         parts.append(f"{min(values)} to {max(values)} {name}" if len(set(values)) > 1 else f"{values[0]} {name}")
     return ", ".join(parts)
 
 
 def _refuse_unpaddable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    check_experts(describe(model).layers, alike(model))
     _refuse_heads(padded_config(model, alike(model)))
 
 

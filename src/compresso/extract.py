@@ -6,7 +6,7 @@ averages over.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso import per_layer
-from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of, name_in_files
+from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of, tensors_in_files
 from compresso.plan import Plan
-from compresso.shape import ModelShape, describe, head_dim_of, rows_of, rows_per_group
+from compresso.shape import ModelShape, describe, head_dim_of, rows_of, rows_of_channels, rows_per_group
 
 _classes: list[Any] = per_layer.CLASSES
 for _config, _base, _causal in _classes:
@@ -39,11 +39,24 @@ def extract(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config = smaller_config(model.config, old, plan)
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
-    cut = cut_weights(old, model.config.model_type, plan)
-    weights = {name_in_files(config.model_type, name): tensor for name, tensor in cut}
+    if family_of(config.model_type).router:
+        config._experts_implementation = model.config._experts_implementation
+    weights = as_in_files(config.model_type, cut_weights(old, model.config.model_type, plan))
     smaller = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
     smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.to(model.device).train(model.training)
+
+
+def as_in_files(model_type: str, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Weights by the names that files of a model_type hold them under; a stack of experts in its parts, without a copy.
+
+    What is loaded so, transformers saves so.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in weights:
+        parts = tensors_in_files(model_type, name, tuple(weight.shape))
+        found |= zip((part for part, _ in parts), weight.reshape(len(parts), *parts[0][1]), strict=True)
+    return found
 
 
 def check_fit(plan: Plan, shape: ModelShape, family: Family) -> None:
@@ -59,6 +72,13 @@ def check_fit(plan: Plan, shape: ModelShape, family: Family) -> None:
             if 0 < len(kept) < size:
                 whose = "a model" if unit == "hidden" else f"layer {layer}"
                 raise ValueError(f"{whose} of this family cannot lack some of its {unit} and compute the same")
+    for unit in ("intermediate", "hidden"):
+        for kept, size in zip(plan.keep[unit], shape.sizes(unit), strict=True):
+            if len(kept) < size and len(kept) % family.multiple:
+                raise ValueError(
+                    f"the plan keeps {len(kept)} {unit} channels, and the kernel that multiplies stacked experts takes "
+                    f"multiples of {family.multiple}; --round-to {family.multiple} makes them"
+                )
 
 
 def _kept_layers(plan: Plan) -> list[int]:
@@ -87,25 +107,28 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
         by: Tensor | float = 1.0,
         bias_by: float = 1.0,
         offset: float = 0.0,
+        stack: Tensor | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Keep rows and columns of a weight times `by` (a number, or one a column), and the rows of its bias.
 
-        What multiplies is the weight and `offset`.
+        Of stacked ones those in `stack` stay. What multiplies is the weight and `offset`.
         """
-        for kind, scale in (("weight", by), ("bias", bias_by)):
-            if f"{name}.{kind}" not in old:
+        for kind, scale in ((".weight", by), (".bias", bias_by), ("", by)):
+            if name + kind not in old:
                 continue
-            tensor = old[f"{name}.{kind}"]
-            device = tensor.device
-            if rows is not None and len(rows) < tensor.shape[0]:
-                tensor = tensor.index_select(0, rows.to(device))
-            if kind == "weight" and columns is not None and len(columns) < tensor.shape[1]:
-                tensor = tensor.index_select(1, columns.to(device))
+            tensor = old[name + kind]
+            device, row = tensor.device, max(0, tensor.ndim - 2)
+            if stack is not None and len(stack) < tensor.shape[0]:
+                tensor = tensor.index_select(0, stack.to(device))
+            if rows is not None and len(rows) < tensor.shape[row]:
+                tensor = tensor.index_select(row, rows.to(device))
+            if kind != ".bias" and columns is not None and len(columns) < tensor.shape[-1]:
+                tensor = tensor.index_select(-1, columns.to(device))
             if bool((torch.as_tensor(scale) != 1).any()):
                 factor = scale.to(device) if isinstance(scale, Tensor) else scale
-                more = offset if kind == "weight" else 0.0
+                more = offset if kind == ".weight" else 0.0
                 tensor = ((tensor.double() + more) * factor - more).to(tensor.dtype)
-            yield f"{target}.{kind}", tensor.clone()
+            yield target + kind, tensor.clone()
 
     def norms(source: str, target: str, paths: tuple[str, ...], by: float = norm_scale) -> Iterator[tuple[str, Tensor]]:
         for path in paths:
@@ -142,12 +165,17 @@ def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Itera
                     if path.rpartition(".")[0] not in known:
                         yield target + path, old[name].clone()
         if len(channels):
+            experts = keep["expert"][i] if family.router else None
+            rows = rows_of_channels(family, channels, plan.shape.layers[i].intermediate_size)
             for path in family.mlp_inputs:
-                yield from take(source + path, target + path, channels, hidden)
+                yield from take(source + path, target + path, rows, hidden, stack=experts)
+            if family.router:
+                yield from take(source + family.router, target + family.router, experts, hidden)
             yield from norms(source, target, family.mlp_norms)
             whole, per_column = float(gates["mlp"][i]), gates["intermediate"][i][channels]
             output = family.mlp_output
-            yield from take(source + output, target + output, hidden, channels, per_column * whole, whole)
+            by = per_column * whole
+            yield from take(source + output, target + output, hidden, channels, by, whole, stack=experts)
 
 
 def smaller_config(old: PreTrainedConfig, names: Collection[str], plan: Plan) -> PreTrainedConfig:
@@ -175,10 +203,10 @@ def sized_config(
     base = old.model_type.removeprefix(PER_LAYER_PREFIX)
     family = FAMILIES[base]
     widest = {key: max(width[key] for width in widths) for key in widths[0]}
-    for key in ("num_key_value_heads", "num_attention_heads"):
+    for key in widest.keys() - {"intermediate_size"}:
         widest[key] = widest[key] or 1  # every attention is gone: the value is never used
     settings |= {"hidden_size": hidden_size, "num_hidden_layers": len(widths), "head_dim": head_dim_of(old)}
-    settings |= family.in_config(widest)
+    settings |= {old.attribute_map.get(name, name): width for name, width in family.in_config(widest).items()}
     if family.norm_eps:
         settings[family.norm_eps] = getattr(old, family.norm_eps) * (old.hidden_size / hidden_size)
     for name in family.config_lists:

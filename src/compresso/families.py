@@ -9,6 +9,10 @@ from typing import Any
 
 PER_LAYER_PREFIX = "compresso_"
 """model_type of a family's class with different widths per layer: this, then the family."""
+UNITS = ("kv_group", "intermediate", "hidden", "attention", "mlp", "expert")
+"""kv_group: a key/value head with its query heads. intermediate: an FFN channel; of a mixture, the same one of every
+expert of a layer. hidden: a channel of the residual stream. attention, mlp: a whole sub-layer. expert: one of a
+mixture."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Family:
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Matrices whose rows are the FFN channels."""
     mlp_output: str = "mlp.down_proj"
+    router: str | None = None
+    """What chooses the experts of a mixture. They lie stacked in one module, whose parameters are `mlp_inputs`, only
+    one (E, 2 I, H) with the rows of the gate before those of up, and `mlp_output` (E, H, I)."""
+    num_experts: str | None = None
+    """The config's name for how many there are."""
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
 
     query_key_norms: bool = False
@@ -58,7 +67,9 @@ class Family:
     needs: tuple[tuple[str, Any], ...] = ()
     """Entries of the config, and the value of each that can be pruned; a string names an entry that it equals."""
     stored_names: tuple[tuple[str, str], ...] = ()
-    """Beginnings of names in the stock class, and what they are called in its files."""
+    """Parts of names in the stock class, and what they are called in its files."""
+    stored_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Stacks, and what the stock class's files call the matrices of expert {} in each, one below the other."""
     fixed: tuple[str, ...] = ()
     """Units that no smaller model can lack exactly. A LayerNorm's mean and variance are of all hidden channels, and no
     other weights make up for those that are not there: `hidden`."""
@@ -75,13 +86,43 @@ class Family:
     """Runtimes that have a class of their own for it."""
 
     @property
+    def units(self) -> tuple[str, ...]:
+        """Kinds of units that a smaller model can lack exactly."""
+        return tuple(u for u in UNITS if u not in self.fixed and (u != "expert" or self.router))
+
+    @property
+    def experts(self) -> str:
+        """The module of a mixture that holds its experts."""
+        return self.mlp_output.rpartition(".")[0]
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Of an FFN, or of an expert."""
+        return 3 if self.router else len(self.mlp_inputs) + 1
+
+    @property
+    def multiple(self) -> int:
+        """What kept FFN widths and hidden sizes are multiples of. transformers multiplies all experts in one call,
+        where rows must begin at multiples of 16 bytes: eight numbers in half precision."""
+        return 8 if self.router else 1
+
+    def weight(self, path: str) -> str:
+        """The parameter that is the matrix at a path."""
+        stacked = self.router and path in (*self.mlp_inputs, self.mlp_output)
+        return path if stacked else f"{path}.weight"
+
+    @property
     def attention_inputs(self) -> tuple[str, ...]:
         """Matrices whose rows groups own."""
         return (self.query_key_value,) if self.query_key_value else (self.query, self.key, self.value)
 
     def in_config(self, widths: dict[str, int]) -> dict[str, int]:
         """Widths of a layer (`LayerShape.widths`) by the names of the config."""
-        names = {"num_key_value_heads": self.num_key_value_heads, "intermediate_size": self.intermediate_size}
+        names = {
+            "num_key_value_heads": self.num_key_value_heads,
+            "intermediate_size": self.intermediate_size,
+            "num_experts": self.num_experts,
+        }
         return {name: width for key, width in widths.items() if (name := names.get(key, key))}
 
 
@@ -90,6 +131,16 @@ _SANDWICHED = Family(
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
     scaled_embedding=True,
+)
+_MIXTURE = Family(
+    mlp_inputs=("mlp.experts.gate_up_proj",),
+    mlp_output="mlp.experts.down_proj",
+    router="mlp.gate",
+    num_experts="num_experts",
+    stored_experts=(
+        ("mlp.experts.gate_up_proj", ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")),
+        ("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",)),
+    ),
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(stand_in="mistral", gguf="llama", gguf_per_layer="deci"),
@@ -148,6 +199,26 @@ FAMILIES: dict[str, Family] = {
         gguf="gptneox",
         native=("vLLM", "MLX"),
     ),
+    "qwen3_moe": replace(
+        _MIXTURE,
+        query_key_norms=True,
+        intermediate_size="moe_intermediate_size",
+        gguf="qwen3moe",
+        needs=(("mlp_only_layers", []), ("decoder_sparse_step", 1)),  # or some layers are no mixtures
+    ),
+    "mixtral": replace(
+        _MIXTURE,
+        num_experts="num_local_experts",
+        gguf="llama",
+        stored_names=(("mlp.gate.", "block_sparse_moe.gate."),),
+        stored_experts=(
+            (
+                "mlp.experts.gate_up_proj",
+                ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+            ),
+            ("mlp.experts.down_proj", ("block_sparse_moe.experts.{}.w2.weight",)),
+        ),
+    ),
 }
 
 
@@ -166,9 +237,23 @@ def family_of(model_type: str) -> Family:
         ) from None
 
 
-def name_in_files(model_type: str, name: str) -> str:
-    """What a checkpoint of a model_type calls this weight; one with code of ours keeps the names of its class."""
-    for own, stored in family_of(model_type).stored_names:
-        if name.startswith(own) and not model_type.startswith(PER_LAYER_PREFIX):
-            return stored + name.removeprefix(own)
-    return name
+def renamed(name: str, part: str, other: str) -> str:
+    """The name with one of its parts, if it has it, called otherwise."""
+    return f".{name}".replace(f".{part}", f".{other}", 1)[1:]
+
+
+def tensors_in_files(model_type: str, name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors that files of a model_type hold of a parameter; one with code of ours keeps it.
+
+    Their numbers, one after the other, are those of the parameter.
+    """
+    if model_type.startswith(PER_LAYER_PREFIX):
+        return [(name, shape)]
+    family = family_of(model_type)
+    for own, each in family.stored_experts:
+        if name.endswith(f".{own}"):
+            layer, part = name.removesuffix(own), (shape[1] // len(each), shape[2])
+            return [(layer + stored.format(i), part) for i in range(shape[0]) for stored in each]
+    for own, stored in family.stored_names:
+        name = renamed(name, own, stored)
+    return [(name, shape)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso import gguf_numbers
-from compresso.families import PER_LAYER_PREFIX, family_of
+from compresso.families import PER_LAYER_PREFIX, Family, family_of
 from compresso.gguf_tokens import write_tokens
 from compresso.padding import largest, pad
 from compresso.shape import LayerShape, describe, head_dim_of
@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "deci": Architecture(interleaved=True, per_layer=True, no_attention=True, rope_factors=True),
     "qwen2": Architecture(square=True),
     "qwen3": Architecture(),
+    "qwen3moe": Architecture(),
     "smollm3": Architecture(interleaved=True, every=("no_rope_layers", 4, 0)),
     "granite": Architecture(interleaved=True),
     "gemma2": Architecture(every=("layer_types", 2, "full_attention")),
@@ -76,6 +77,11 @@ def architecture_of(model: PreTrainedModel) -> str:
         equal = first.num_key_value_heads * first.queries_per_group * first.head_dim == shape.hidden_size
     name = family.gguf if equal else family.gguf_per_layer
     tied = model.config.tie_word_embeddings
+    if name is None and len({layer.experts for layer in shape.layers} - {0}) > 1:
+        raise ValueError(
+            f"llama.cpp has no architecture for a {stock} whose layers differ in experts, which cannot be filled up; "
+            "`compresso prune --shape uniform` keeps as many in each, `--to hf` carries the code for unequal ones"
+        )
     if name is None or (ARCHITECTURES[name].tied_only and not tied):
         raise ValueError(
             f"llama.cpp has no architecture for a {stock} whose layers differ in width or whose query heads together "
@@ -103,6 +109,11 @@ def _check_constants(model: PreTrainedModel, name: str) -> None:
                 f"llama.cpp takes one layer in {step} of a {name} to be {value!r} in {key}, and here these are "
                 f"{found}; keep all layers (prune groups and channels), or use `--to hf`"
             )
+    if not getattr(config, "norm_topk_prob", True):
+        raise ValueError(
+            f"llama.cpp lets the weights of the experts that a {name} chooses sum to 1, and those of this model do not "
+            "(norm_topk_prob); `--to hf` keeps them"
+        )
     expected = getattr(config, "query_pre_attn_scalar", head_dim_of(config))
     if expected != head_dim_of(config):
         raise ValueError(f"llama.cpp scales queries by head_dim ({head_dim_of(config)}), this model by {expected}")
@@ -206,6 +217,10 @@ def _write_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Archi
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length(each("intermediate_size"))
+    if layers[0].num_experts is not None:
+        writer.add_expert_count(layers[0].num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(layers[0].intermediate_size)
     writer.add_head_count(each("num_attention_heads"))
     writer.add_head_count_kv(each("num_key_value_heads"))
     writer.add_key_length(head_dim)
@@ -242,6 +257,9 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     for key, value in weights.items():
         if key == family.head + ".weight" and model.config.tie_word_embeddings and not architecture.complete:
             continue
+        if family.router and key.endswith((*family.mlp_inputs, family.mlp_output)):
+            yield from _experts(key.removeprefix(family.layers + ".").partition(".")[0], value, key, family)
+            continue
         module, _, kind = key.rpartition(".")
         layer, _, path = module.removeprefix(family.layers + ".").partition(".")
         if architecture.interleaved and path in heads:
@@ -258,6 +276,13 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     factors = rope_factors(model)
     if factors is not None:
         yield "rope_freqs.weight", factors
+
+
+def _experts(layer: str, stack: Tensor, key: str, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """llama.cpp's name and value of what a stack holds."""
+    parts = ["ffn_down_exps"] if key.endswith(family.mlp_output) else ["ffn_gate_exps", "ffn_up_exps"]
+    for name, part in zip(parts, stack.chunk(len(parts), 1), strict=True):
+        yield f"blk.{layer}.{name}.weight", part
 
 
 def _apart(rows: Tensor, layer: LayerShape) -> Tensor:

@@ -43,15 +43,15 @@ INSTEAD = {Number.Q4_K: Number.Q5_0, Number.Q5_K: Number.Q5_1, Number.Q6_K: Numb
 
 
 def number_of(name: str, size: tuple[int, ...], mix: Mix, layers: int, tied: bool) -> Number:
-    """The format of one tensor, by llama.cpp's rules for a mix: norms and biases stay f32; the head, and half of the
+    """The format of one tensor, by llama.cpp's rules for a mix: norms, biases, routers stay f32; the head, and half of
     value and down matrices (the first and last eighth of the layers, every third between), get the better one."""
-    if len(size) == 1:
+    if len(size) == 1 or ".ffn_gate_inp." in name:
         return Number.F32
     part = name.split(".")
     number = mix.number
     if part[0] == ("token_embd" if tied else "output"):
         number = mix.better
-    elif part[0] == "blk" and part[2] in ("attn_v", "ffn_down"):
+    elif part[0] == "blk" and part[2] in ("attn_v", "ffn_down", "ffn_down_exps"):
         i, eighth = int(part[1]), layers // 8
         if i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2:
             number = mix.better
@@ -79,7 +79,7 @@ def fitting(width: int, hidden_size: int, mix: Mix) -> int:
 
 
 def encode(array: np.ndarray, number: Number) -> np.ndarray:
-    """An array (rows, columns) of float32 in another format, as bytes where it is quantised.
+    """An array (..., rows, columns) of float32 in another format, as bytes where it is quantised.
 
     Raises ValueError if a K-quant is asked for and xllamacpp is not there.
     """
@@ -114,10 +114,11 @@ def _quantiser() -> Any:
 
 
 def _by_llama_cpp(array: np.ndarray, number: Number) -> np.ndarray:
-    rows, columns = array.shape
+    *stacked, columns = array.shape
+    rows = int(np.prod(stacked))
     block, size = gguf.GGML_QUANT_SIZES[number]
     source = np.ascontiguousarray(array, np.float32)
     out = np.empty((rows, columns // block * size), np.uint8)
     written = _quantiser()(int(number), source.ctypes.data, out.ctypes.data, 0, rows, columns, None)
     assert written == out.nbytes, (written, out.nbytes)
-    return out
+    return out.reshape(*stacked, -1)

@@ -36,7 +36,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.gates})
     found = bench.newest("prune")
-    if config.warm_start and not found and {"kv_group", "intermediate"} & masks.log_alpha.keys():
+    if config.warm_start and not found and {"kv_group", "intermediate", "expert"} & masks.log_alpha.keys():
         warm_start(
             masks,
             gate_gradients(bench.model, calibration_batches(bench, backward=True), config.gradient_checkpointing)[1],
@@ -115,7 +115,7 @@ def dense(wrapped: PeftModel, gates: Gates) -> Iterator[None]:
 
 @torch.no_grad()
 def warm_start(masks: Masks, importance: dict[str, Tensor]) -> None:
-    """Spread log_alpha of groups and channels by the rank of their importance for each parameter.
+    """Spread log_alpha of groups, channels and experts by the rank of their importance for each parameter.
 
     `importance` are estimates of what the loss gains when a unit goes (`gate_gradients`). The ranks of all units
     together, as quantiles of a logistic distribution, leave few gates undecided at any threshold. The expected
@@ -123,13 +123,9 @@ def warm_start(masks: Masks, importance: dict[str, Tensor]) -> None:
     """
     shape = masks.shape
     before = float(masks.expected_sparsity())
-    costs = {
-        "kv_group": [layer.rows_per_group for layer in shape.layers],
-        "intermediate": [shape.mlp_matrices] * len(shape.layers),
-    }
     price = {
-        unit: importance[unit] / torch.tensor(cost).repeat_interleave(torch.tensor(shape.sizes(unit)))
-        for unit, cost in costs.items()
+        unit: values / torch.tensor(shape.price(unit)).repeat_interleave(torch.tensor(shape.sizes(unit)))
+        for unit, values in importance.items()
         if unit in masks.log_alpha
     }
     ranks = torch.cat([*price.values()]).argsort().argsort()

@@ -2,7 +2,8 @@
 
 A gate sits only where it folds into a weight: at the inputs of the attention output and
 of the last FFN matrix, and at the three kinds of writes to the residual stream. The
-published code gates inside SwiGLU, which cannot be folded.
+published code gates inside SwiGLU, which cannot be folded. An expert's gate acts on the
+router (`mixtures.choose`).
 
 z is drawn once a step and only read by the hooks, so that a recomputed forward
 (gradient checkpointing) sees the same gates.
@@ -10,6 +11,7 @@ z is drawn once a step and only read by the hooks, so that a recomputed forward
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 
 from compresso import hard_concrete
 from compresso.families import family_of
+from compresso.mixtures import choose
 from compresso.shape import ModelShape, has, sparsity
 
 CLOSED = -1e4  # log_alpha of a gate that no draw opens
@@ -93,6 +96,7 @@ class Gates:
         """For units of which some have been cut out of the model: indices of those that are left, layer by layer."""
         self._group: list[Tensor] | None = None
         self._channel: list[Tensor] | None = None
+        self._expert: list[Tensor] | None = None
         self._written: dict[str, list[Tensor]] = {}
         self._embedded: Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -120,9 +124,17 @@ class Gates:
                 on_input(o, lambda i=i: self._group and self._group[i])
                 on_output(o, lambda i=i: self._written.get("attention") and self._written["attention"][i])
             if has(layer, family.mlp_output):
-                down = layer.get_submodule(family.mlp_output)
-                on_input(down, lambda i=i: self._channel and self._channel[i])
-                on_output(down, lambda i=i: self._written.get("mlp") and self._written["mlp"][i])
+                last = layer.get_submodule(family.experts if family.router else family.mlp_output)
+                # what experts activate goes, times what comes from up, into the last matrix of each
+                inside = partial(on_output, last.act_fn) if family.router else partial(on_input, last)
+                inside(lambda i=i: self._channel and self._channel[i])
+                on_output(last, lambda i=i: self._written.get("mlp") and self._written["mlp"][i])
+            if family.router and has(layer, family.router):
+
+                def reroute(router, _args, output, i=i):
+                    return None if self._expert is None else choose(router, output, self._expert[i])
+
+                self._handles.append(layer.get_submodule(family.router).register_forward_hook(reroute))
 
     def set(self, z: dict[str, Tensor]) -> None:
         """Use these gates from now on; units that are left out are open."""
@@ -134,6 +146,7 @@ class Gates:
             rows = [layer.queries_per_group * layer.head_dim for layer in self.shape.layers]
             self._group = [z_G.repeat_interleave(n) for z_G, n in zip(parts["kv_group"], rows, strict=True)]
         self._channel = parts.get("intermediate")
+        self._expert = parts.get("expert")
         self._embedded = parts["hidden"][0] if "hidden" in parts else None
         self._written = {}
         for unit in ("attention", "mlp"):
@@ -151,12 +164,12 @@ class Gates:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Inside, all gates are open; afterwards they are what they were."""
-        before = self._group, self._channel, self._written, self._embedded
+        before = self._group, self._channel, self._expert, self._written, self._embedded
         self.open()
         try:
             yield
         finally:
-            self._group, self._channel, self._written, self._embedded = before
+            self._group, self._channel, self._expert, self._written, self._embedded = before
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -1,7 +1,7 @@
 """Zeros around the matrices of a model, until its layers have the widths that a runtime asks for.
 
 A zero group, query head or FFN channel adds nothing to the residual stream: the padded model computes what the
-model did, and needs more memory and time for it.
+model did, and needs more memory and time for it. Not so an expert: a router would choose it.
 """
 
 import copy
@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.extract import sized_config
-from compresso.families import Family, family_of, name_in_files
-from compresso.shape import LayerShape, describe, rows_per_group
+from compresso.extract import as_in_files, sized_config
+from compresso.families import Family, family_of
+from compresso.shape import LayerShape, describe, rows_of_channels, rows_per_group
 
 
 def largest(layers: Sequence[LayerShape]) -> LayerShape:
@@ -25,7 +25,19 @@ def largest(layers: Sequence[LayerShape]) -> LayerShape:
         max(layer.queries_per_group for layer in layers),
         layers[0].head_dim,
         max(layer.intermediate_size for layer in layers),
+        None if layers[0].num_experts is None else max(layer.experts for layer in layers),
     )
+
+
+def check_experts(old: Sequence[LayerShape], new: Sequence[LayerShape]) -> None:
+    """Raise ValueError if a layer of a mixture is to have experts that it has not, unless it lost all of them."""
+    for i, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before.experts not in (0, after.experts):
+            raise ValueError(
+                f"layer {i} has {before.experts} experts, and {after.experts} are asked for; a router would choose an "
+                "expert of zeros, so that the number of experts cannot be filled up. `compresso prune --shape uniform` "
+                "keeps as many in each layer; `--to hf` carries the code for unequal ones"
+            )
 
 
 def alike(model: PreTrainedModel) -> list[LayerShape]:
@@ -50,12 +62,13 @@ def padded_config(model: PreTrainedModel, layers: Sequence[LayerShape]) -> PreTr
 def pad(model: PreTrainedModel, layers: Sequence[LayerShape]) -> PreTrainedModel:
     """The same model with layers of these widths, one entry a layer; a sub-layer that was removed comes back as zeros.
 
-    Raises ValueError if a layer does not fit into what is asked for.
+    Raises ValueError if a layer does not fit into what is asked for, or has other experts.
     """
     shape = describe(model)
     for i, (old, new) in enumerate(zip(shape.layers, layers, strict=True)):
         if largest([old, new]) != new:
             raise ValueError(f"layer {i} is {old}, which does not fit into {new}")
+    check_experts(shape.layers, layers)
     if tuple(layers) == shape.layers:
         return model
     family, weights = family_of(model.config.model_type), model.state_dict()
@@ -67,7 +80,7 @@ def pad(model: PreTrainedModel, layers: Sequence[LayerShape]) -> PreTrainedModel
     padded = {}
     for name, size in asked.items():
         old_weight = weights.get(name)
-        module, _, kind = name.rpartition(".")
+        module, kind = (name, "weight") if name in rows or name in columns else name.rpartition(".")[::2]
         if old_weight is not None and old_weight.shape == size:
             padded[name] = old_weight
             continue
@@ -76,11 +89,11 @@ def pad(model: PreTrainedModel, layers: Sequence[LayerShape]) -> PreTrainedModel
             if len(size) == 1 and kind == "weight":
                 new_weight.fill_(1)  # the norm of a sub-layer that is zero
         elif module in rows:
-            new_weight.index_copy_(0, rows[module].to(model.device), old_weight)
+            new_weight.index_copy_(max(0, len(size) - 2), rows[module].to(model.device), old_weight)
         else:
-            new_weight.index_copy_(1, columns[module].to(model.device), old_weight)
-    padded = {name_in_files(config.model_type, name): tensor for name, tensor in padded.items()}
-    wider = model_class.from_pretrained(None, config=config, state_dict=padded, dtype=model.dtype)
+            new_weight.index_copy_(-1, columns[module].to(model.device), old_weight)
+    state = as_in_files(config.model_type, padded.items())
+    wider = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     wider.generation_config = copy.deepcopy(model.generation_config)
     return wider.to(model.device).eval()
 
@@ -129,7 +142,8 @@ def _places(
             within = torch.arange(each)
             within[len(queries) :] += wider[path] - each
             rows[prefix + path] = _in_groups(groups, within, wider[path])
-        rows |= {prefix + path: channels for path in family.mlp_inputs}
+        inputs = rows_of_channels(family, channels, after.intermediate_size)
+        rows |= {prefix + path: inputs for path in family.mlp_inputs}
         columns[prefix + family.attention_output] = _in_groups(groups, queries, after.columns("kv_group"))
         columns[prefix + family.mlp_output] = channels
     return rows, columns

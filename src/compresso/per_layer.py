@@ -33,6 +33,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralModel,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo2Model,
@@ -45,6 +48,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     SmolLM3Model,
@@ -146,11 +152,19 @@ class PerLayer:
                     layer.fc1, layer.fc2 = nn.Identity(), NoMLP()
                 names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
                 without(layer, *(names if sandwiched(layer) else ["post_attention_layernorm", "final_layer_norm"]))
+            for part in layer.modules():
+                if hasattr(part, "num_experts") and hasattr(part, "config"):
+                    part.config = config  # nor set_experts_implementation
         self.post_init()
 
     @classmethod
     def _can_set_attn_implementation(cls):
         return True  # transformers looks for this in the source of the class's own module
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return stock._can_set_experts_implementation()
 
 
 @strict(accept_kwargs=True)
@@ -301,6 +315,30 @@ class OPTPerLayerForCausalLM(PerLayer, OPTForCausalLM):
     attention_class = OPTPerLayerAttention
 
 
+class MixtralPerLayerConfig(MixtralConfig):
+    model_type = "compresso_mixtral"
+
+
+class MixtralPerLayerModel(PerLayer, MixtralModel):
+    config_class = MixtralPerLayerConfig
+
+
+class MixtralPerLayerForCausalLM(PerLayer, MixtralForCausalLM):
+    config_class = MixtralPerLayerConfig
+
+
+class Qwen3MoePerLayerConfig(Qwen3MoeConfig):
+    model_type = "compresso_qwen3_moe"
+
+
+class Qwen3MoePerLayerModel(PerLayer, Qwen3MoeModel):
+    config_class = Qwen3MoePerLayerConfig
+
+
+class Qwen3MoePerLayerForCausalLM(PerLayer, Qwen3MoeForCausalLM):
+    config_class = Qwen3MoePerLayerConfig
+
+
 class SmolLM3PerLayerConfig(SmolLM3Config):
     model_type = "compresso_smollm3"
 
@@ -321,6 +359,8 @@ CLASSES = [
     (Gemma2PerLayerConfig, Gemma2PerLayerModel, Gemma2PerLayerForCausalLM),
     (Gemma3TextPerLayerConfig, Gemma3TextPerLayerModel, Gemma3TextPerLayerForCausalLM),
     (GPTNeoXPerLayerConfig, GPTNeoXPerLayerModel, GPTNeoXPerLayerForCausalLM),
+    (MixtralPerLayerConfig, MixtralPerLayerModel, MixtralPerLayerForCausalLM),
+    (Qwen3MoePerLayerConfig, Qwen3MoePerLayerModel, Qwen3MoePerLayerForCausalLM),
     (GranitePerLayerConfig, GranitePerLayerModel, GranitePerLayerForCausalLM),
     (Olmo2PerLayerConfig, Olmo2PerLayerModel, Olmo2PerLayerForCausalLM),
     (OPTPerLayerConfig, OPTPerLayerModel, OPTPerLayerForCausalLM),

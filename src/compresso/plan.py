@@ -5,7 +5,7 @@ Nothing here knows about gates that learn or about models that compute.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from compresso import whole_files
-from compresso.shape import UNITS, LayerShape, ModelShape, sparsity
+from compresso.shape import BINARY, LayerShape, ModelShape, sparsity
 from compresso.untrusted import read_header, read_json
 
 FORMAT = 1
@@ -29,8 +29,9 @@ class Plan:
     """The value of every gate of `shape`: 0 removes the unit, 1 keeps it, between scales it.
 
     `gates` maps each unit to one flat tensor, layer after layer. `hidden` is 0/1, because
-    a scale in a tied embedding would scale the head too. A sub-layer whose units are all
-    gone is gone, and the other way round.
+    a scale in a tied embedding would scale the head too; `expert` is 0/1, because a router
+    has no weight that takes a scale. A sub-layer whose units are all gone is gone, and the
+    other way round. A mixture keeps as many experts as a token goes to, or none.
     """
 
     shape: ModelShape
@@ -45,23 +46,31 @@ class Plan:
             if not torch.isfinite(values).all() or (values < 0).any() or (values > 1).any():
                 raise ValueError(f"gates lie in [0, 1]; those of {unit!r} do not")
             gates[unit] = values.detach().double().cpu()
-        hidden = gates["hidden"]
-        if not torch.equal(hidden, (hidden > 0).double()) or not hidden.any():
-            raise ValueError("hidden gates are 0 or 1, and at least one is 1")
-        for inner, outer in (("kv_group", "attention"), ("intermediate", "mlp")):
-            parts = gates[inner].split(self.shape.sizes(inner))
-            alive = torch.tensor([bool(part.any()) for part in parts]) & (gates[outer] > 0)
-            gates[outer] = gates[outer] * alive
-            gates[inner] = torch.cat([part * on for part, on in zip(parts, alive, strict=True)])
+        for unit in set(BINARY) & gates.keys():
+            if not torch.equal(gates[unit], (gates[unit] > 0).double()):
+                raise ValueError(f"{unit} gates are 0 or 1")
+        if not gates["hidden"].any():
+            raise ValueError("at least one of the hidden gates is 1")
+        for inner, outer in (("kv_group", "attention"), ("intermediate", "mlp"), ("expert", "mlp")):
+            if inner in gates:
+                gates[outer] = gates[outer] * torch.tensor([bool(part.any()) for part in self._parts(gates, inner)])
+        for inner, outer in (("kv_group", "attention"), ("intermediate", "mlp"), ("expert", "mlp")):
+            if inner in gates:
+                alive = gates[outer] > 0
+                gates[inner] = torch.cat([p * on for p, on in zip(self._parts(gates, inner), alive, strict=True)])
+        least = self.shape.experts_per_token
+        for layer, part in enumerate(self._parts(gates, "expert") if "expert" in gates else ()):
+            if 0 < (kept := int(part.sum())) < least:
+                raise ValueError(f"layer {layer} keeps {kept} of its experts, and each token goes to {least}")
         object.__setattr__(self, "gates", gates)
+
+    def _parts(self, gates: dict[str, Tensor], unit: str) -> tuple[Tensor, ...]:
+        return gates[unit].split(self.shape.sizes(unit))
 
     @property
     def keep(self) -> dict[str, list[Tensor]]:
         """Indices kept: for each unit one int64 tensor a layer (a single one for `hidden`)."""
-        return {
-            unit: [part.nonzero().squeeze(1) for part in values.split(self.shape.sizes(unit))]
-            for unit, values in self.gates.items()
-        }
+        return {unit: [part.nonzero().squeeze(1) for part in self._parts(self.gates, unit)] for unit in self.gates}
 
     @property
     def sparsity(self) -> float:
@@ -73,17 +82,17 @@ class Plan:
         return Plan(self.shape, {unit: (g > 0).double() for unit, g in self.gates.items()})
 
     def scaled(self, values: dict[str, Tensor]) -> "Plan":
-        """The same units kept, each (but `hidden`) at the given value, which must be above 0."""
-        gates = {u: g * values[u].double().cpu() if u in values and u != "hidden" else g for u, g in self.gates.items()}
+        """The same units kept, each (but those of BINARY) at the given value, which must be above 0."""
+        scaled = values.keys() - set(BINARY)
+        gates = {u: g * values[u].double().cpu() if u in scaled else g for u, g in self.gates.items()}
         return Plan(self.shape, gates)
 
     def widths(self) -> list[dict[str, int]]:
-        """Key/value heads, query heads and FFN width that each layer keeps."""
+        """Key/value heads, query heads, FFN width and experts that each layer keeps."""
         kept = {unit: [len(indices) for indices in layers] for unit, layers in self.keep.items()}
-        return [
-            replace(layer, num_key_value_heads=groups, intermediate_size=channels).widths
-            for layer, groups, channels in zip(self.shape.layers, kept["kv_group"], kept["intermediate"], strict=True)
-        ]
+        experts = kept.get("expert", [None] * len(self.shape.layers))
+        parts = zip(self.shape.layers, kept["kv_group"], kept["intermediate"], experts, strict=True)
+        return [LayerShape(n, layer.queries_per_group, layer.head_dim, w, e).widths for layer, n, w, e in parts]
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,14 @@ class _Block:
 def _blocks(shape: ModelShape, scores: dict[str, Tensor], round_to: int) -> tuple[list[_Block], list[_Block]]:
     """What must go for `round_to`, and what may go, least valuable first.
 
-    Of every layer the best group and the best `round_to` channels stay, unless their
-    sub-layer is a unit itself; so do the best `round_to` hidden channels.
+    Of every layer the best group, the best `round_to` channels and as many experts as a
+    token goes to stay, unless their sub-layer is a unit itself; so do the best `round_to`
+    hidden channels.
     """
     forced, offered = [], []
     for unit, values in scores.items():
         grain = round_to if unit in ("intermediate", "hidden") else 1
-        floor = grain if unit in ("kv_group", "intermediate", "hidden") else 0
+        floor = {"attention": 0, "mlp": 0, "expert": shape.experts_per_token}.get(unit, grain)
         offset = 0
         for layer, size in enumerate(shape.sizes(unit)):
             part = values[offset : offset + size].double().cpu()
@@ -128,22 +138,25 @@ class _Removal:
         self.gates = {unit: list(g.split(shape.sizes(unit))) for unit, g in shape.open_gates().items()}
         self.hidden = shape.hidden_size
         self.attention = [layer.attention_rows for layer in shape.layers]
-        self.mlp = [layer.intermediate_size * shape.mlp_matrices for layer in shape.layers]
-        self.rows = sum(self.attention) + sum(self.mlp)
+        self.channels = [layer.intermediate_size for layer in shape.layers]
+        self.experts = [layer.experts for layer in shape.layers]
+        self.rows = sum(map(shape.rows, shape.layers))
         self.before = self.hidden * self.rows
 
     def _rows(self, block: _Block) -> int:
         """Rows that go with a block (for `hidden`: none, but columns)."""
+        layer, count, matrices = block.layer, len(block.members), self.shape.mlp_matrices
         match block.unit:
             case "kv_group":
-                rows = len(block.members) * self.shape.layers[block.layer].rows_per_group
-                return min(rows, self.attention[block.layer])
+                return min(count * self.shape.layers[layer].rows_per_group, self.attention[layer])
             case "intermediate":
-                return min(len(block.members) * self.shape.mlp_matrices, self.mlp[block.layer])
+                return min(count, self.channels[layer]) * self.experts[layer] * matrices
+            case "expert":
+                return min(count, self.experts[layer]) * self.channels[layer] * matrices
             case "attention":
-                return self.attention[block.layer]
+                return self.attention[layer]
             case "mlp":
-                return self.mlp[block.layer]
+                return self.channels[layer] * self.experts[layer] * matrices
         return 0
 
     def sparsity(self, block: _Block | None = None) -> float:
@@ -155,14 +168,19 @@ class _Removal:
         return 1 - hidden * rows / self.before
 
     def remove(self, block: _Block) -> None:
-        rows = self._rows(block)
+        rows, count = self._rows(block), len(block.members)
         self.rows -= rows
-        if block.unit == "hidden":
-            self.hidden -= len(block.members)
-        elif block.unit in ("kv_group", "attention"):
-            self.attention[block.layer] -= rows
-        else:
-            self.mlp[block.layer] -= rows
+        match block.unit:
+            case "hidden":
+                self.hidden -= count
+            case "kv_group" | "attention":
+                self.attention[block.layer] -= rows
+            case "intermediate":
+                self.channels[block.layer] -= min(count, self.channels[block.layer])
+            case "expert":
+                self.experts[block.layer] -= min(count, self.experts[block.layer])
+            case "mlp":
+                self.channels[block.layer] = self.experts[block.layer] = 0
         self.gates[block.unit][block.layer][block.members] = 0
 
     def plan(self) -> Plan:
@@ -195,7 +213,7 @@ def select(shape: ModelShape, scores: dict[str, Tensor], target_sparsity: float,
     if target_sparsity == 0:
         return removal.plan()
     if round_to > min(
-        (size for u in scores if u in ("intermediate", "hidden") for size in shape.sizes(u) if size), default=1
+        (size for u in scores if u in ("intermediate", "hidden") for size in shape.sizes(u) if size), default=round_to
     ):
         raise ValueError(f"--round-to {round_to} is wider than the narrowest FFN or hidden width of this model")
     largest = largest_sparsity(shape, tuple(scores), round_to)
@@ -251,11 +269,17 @@ def load(folder: Path) -> Plan:
         if text["format"] != FORMAT:
             raise ValueError(f"format {text['format']}, this version reads {FORMAT}")
         layers = tuple(LayerShape(**layer) for layer in text["shape"]["layers"])
-        shape = ModelShape(text["shape"]["hidden_size"], text["shape"]["mlp_matrices"], layers)
-        numbers = [shape.hidden_size, shape.mlp_matrices, *(n for layer in layers for n in vars(layer).values())]
+        shape = ModelShape(
+            text["shape"]["hidden_size"],
+            text["shape"]["mlp_matrices"],
+            layers,
+            text["shape"].get("experts_per_token", 1),  # which plans of dense models once did not have
+        )
+        in_layers = [n for layer in layers for n in vars(layer).values() if n is not None]
+        numbers = [shape.hidden_size, shape.mlp_matrices, shape.experts_per_token, *in_layers]
         if not layers or not all(type(n) is int and 0 <= n <= LARGEST for n in numbers):
             raise ValueError(f"a shape whose sizes are no whole numbers up to {LARGEST:,}")
-        sizes = {unit: (sum(shape.sizes(unit)),) for unit in UNITS}
+        sizes = {unit: (sum(shape.sizes(unit)),) for unit in shape.units}
         if (found := read_header(folder / "plan.safetensors")) != sizes:  # before as much is allocated
             raise ValueError(f"units {str(found)[:200]}, expected {sizes}")
         return Plan(shape, load_file(folder / "plan.safetensors"))

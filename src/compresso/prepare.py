@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, vocabulary, whole_files
+from compresso.adapters import linear_names
 from compresso.batches import Encoder
+from compresso.calibration import check_inputs
 from compresso.config import VOCABULARY, PruneConfig, nearest
-from compresso.families import family_of
+from compresso.families import UNITS, family_of
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
@@ -32,7 +34,7 @@ from compresso.progress import read as read_progress
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, Source, files_of, parts_of, read_sources
 from compresso.self_data import write_records
-from compresso.shape import UNITS, ModelShape, count_prunable, describe
+from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import count_parameters, folder_of
 from compresso.streams import Stream, open_streams, take_held_out
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
@@ -68,7 +70,9 @@ def prepare(
         _check_processes(progress, accelerator, folder)
     set_seed(config.seed)
     model, tokenizer, stored, place = _load(config, str(source or config.model), accelerator)
-    config = _with_units(config, model.config.model_type)
+    config = with_units(config, model.config.model_type)
+    if config.refit or config.method in ("wanda", "flap", "minitron"):
+        check_inputs(model.config.model_type)
     if new:
         _check_target(config, describe(model))
     if prompt.format == "auto":
@@ -296,16 +300,24 @@ def _unfinished(folder: Path) -> bool:
         return False
 
 
-def _with_units(config: PruneConfig, model_type: str) -> PruneConfig:
+def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     """The settings without units that this family cannot lack, or its stock class where the shape is to be one that
-    it takes; raises ValueError if they were asked for."""
+    it takes; raises ValueError if they were asked for. For a mixture with what its experts ask for."""
     family = family_of(model_type)
+    default = config.gates in (UNITS[:2], UNITS[:3])
+    if family.router:
+        units = (*config.units, "expert") if default else config.units
+        config = replace(config, units=units, round_to=math.lcm(config.round_to, family.multiple))
+        told = f"{model_type}: {', '.join(units)} are removed; widths are multiples of {config.round_to}"
+        console.print(told, markup=False, highlight=False)
+    elif "expert" in config.units:
+        raise ValueError(f"a {model_type} has no experts; leave expert out of --units")
     whole = ("kv_group",) if family.derived_head_dim and config.widths.uniform else ()
     fixed = [unit for unit in config.units if unit in (*family.fixed, *whole)]
     if not fixed:
         return config
     left = tuple(unit for unit in config.units if unit not in fixed)
-    if config.gates not in (UNITS[:2], UNITS[:3]):
+    if not default:
         reason = "and compute the same" if fixed[0] in family.fixed else f"and be a stock one (--shape {config.shape})"
         wanted = ",".join(left if {*left} - {VOCABULARY} else ("intermediate", *left))
         raise ValueError(f"{model_type} cannot lack some of its {fixed[0]} {reason}; use --units {wanted}")
@@ -322,7 +334,7 @@ def _check_target(config: PruneConfig, shape: ModelShape) -> None:
 
 def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
     layers = model.get_submodule(family_of(model.config.model_type).layers)  # a tied head would change the embedding
-    known = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    known = linear_names(layers)
     for target in config.lora_targets:
         if target not in {*known, "all-linear"}:
             raise ValueError(

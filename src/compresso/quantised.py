@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from compresso import checkpoint
+from compresso.families import family_of
 from compresso.streamed import StoredWeights
 
 
@@ -19,6 +20,12 @@ def load(place: Path, device: torch.device) -> tuple[PreTrainedModel, torch.dtyp
     """
     if find_spec("bitsandbytes") is None:
         raise ValueError("--precision 4bit needs bitsandbytes: pip install 'compresso-llm[4bit]'")
+    model_type = AutoConfig.from_pretrained(place, trust_remote_code=False).model_type
+    if family_of(model_type).router:
+        raise ValueError(
+            f"--precision 4bit: bitsandbytes rounds modules, and the experts of a {model_type} are none, so that most "
+            "of it would stay as it is; use bf16, --sharded over several GPUs if it does not fit"
+        )
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

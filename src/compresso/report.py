@@ -306,7 +306,8 @@ def _drawings(runs: Sequence[Run], evaluation: dict[str, Any]) -> dict[str, Call
 
 
 def _of_run(run: Run) -> dict[str, Callable]:
-    columns = {"key/value groups": run.kept["kv_group"], "FFN channels": run.kept["intermediate"]}
+    names = {"kv_group": "key/value groups", "intermediate": "FFN channels", "expert": "experts"}
+    columns = {name: run.kept[unit] for unit, name in names.items() if unit in run.kept}
     drawings: dict[str, Callable] = {"plan": partial(charts.kept_shares, columns=columns)}
     if (hidden := run.plan.gates["hidden"]).min() == 0:
         drawings["hidden"] = partial(charts.hidden_channels, kept=hidden.bool().tolist())

@@ -100,7 +100,7 @@ def _checkpoint(folder: Path) -> str:
     """Config, tokenizer, and the headers of all weight files, which must hold every tensor that the config asks for."""
     config = AutoConfig.from_pretrained(checkpoint.find(str(folder), any_family=True), trust_remote_code=False)
     family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX), Family())
-    weights, shapes = StoredWeights(folder, family.stored_names), shapes_of(config)
+    weights, shapes = StoredWeights(folder, family), shapes_of(config)
     tied = set(getattr(shapes, "all_tied_weights_keys", None) or {})
     if missing := [name for name, _ in shapes.named_parameters() if name not in weights and name not in tied]:
         raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")

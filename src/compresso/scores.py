@@ -19,7 +19,7 @@ from compresso.calibration import (
     weight_gradients,
 )
 from compresso.families import Family, family_of
-from compresso.shape import LayerShape, describe, has
+from compresso.shape import describe, has
 from compresso.workbench import Workbench
 
 Scores = dict[str, Tensor]
@@ -29,7 +29,8 @@ def random(bench: Workbench) -> Scores:
     """No knowledge: what any method must beat."""
     generator = torch.Generator().manual_seed(bench.config.seed)
     shape = describe(bench.model)
-    return {u: torch.rand(sum(shape.sizes(u)), generator=generator) for u in ("kv_group", "intermediate")}
+    units = [unit for unit in ("kv_group", "intermediate", "expert") if unit in shape.units]
+    return {unit: torch.rand(sum(shape.sizes(unit)), generator=generator) for unit in units}
 
 
 def magnitude(bench: Workbench) -> Scores:
@@ -115,29 +116,32 @@ def _matrices(model: PreTrainedModel) -> list[str]:
     family = family_of(model.config.model_type)
     paths = (*family.attention_inputs, family.attention_output, *family.mlp_inputs, family.mlp_output)
     layers = model.get_submodule(family.layers)
-    return [f"{family.layers}.{i}.{p}.weight" for i, layer in enumerate(layers) for p in paths if has(layer, p)]
+    return [f"{family.layers}.{i}.{family.weight(p)}" for i, layer in enumerate(layers) for p in paths if has(layer, p)]
 
 
 @torch.no_grad()
 def _over_unit(model: PreTrainedModel, of_weight: Callable[[str, Tensor], Tensor]) -> Scores:
-    """Sum of `of_weight` over all weights of each unit: rows of the matrices before it, columns of the one after."""
+    """Sum of `of_weight` over all weights of each unit: rows of the matrices before it, columns of the one after, all
+    of both for an expert."""
     family, shape = family_of(model.config.model_type), describe(model)
-    parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
-    for i, layer in enumerate(shape.layers):
-        for unit, rows, columns, count in _members(family, layer):
+    parts: dict[str, list[Tensor]] = {u: [] for u in ("kv_group", "intermediate", "expert") if u in shape.units}
+    for unit, own in parts.items():
+        for i, count in enumerate(shape.sizes(unit)):
             total = torch.zeros(count)
-            for path, dim in (*((path, 0) for path in rows), (columns, 1)):
-                if count:
-                    name = f"{family.layers}.{i}.{path}.weight"
-                    each = of_weight(name, model.get_parameter(name).detach()).sum(1 - dim)
+            for path, dim in _members(family, unit) if count else ():
+                name = f"{family.layers}.{i}.{family.weight(path)}"
+                each = of_weight(name, model.get_parameter(name).detach()).movedim(dim, 0).flatten(1).sum(1)
+                if unit == "intermediate":  # of experts there are those of gate, then those of up
+                    total += each.view(-1, count).sum(0).cpu()
+                else:
                     total += each.view(count, -1).sum(1).cpu()
-            parts[unit].append(total)
+            own.append(total)
     return {unit: torch.cat(values) for unit, values in parts.items()}
 
 
-def _members(family: Family, layer: LayerShape) -> list[tuple[str, tuple[str, ...], str, int]]:
-    """Kinds of units of a layer: the matrices whose rows they own, the one whose columns, and how many there are."""
-    return [
-        ("kv_group", family.attention_inputs, family.attention_output, layer.num_key_value_heads),
-        ("intermediate", family.mlp_inputs, family.mlp_output, layer.intermediate_size),
-    ]
+def _members(family: Family, unit: str) -> list[tuple[str, int]]:
+    """Matrices that units of a kind are part of, and the dimension along which each has its own."""
+    if unit == "kv_group":
+        return [*((path, -2) for path in family.attention_inputs), (family.attention_output, -1)]
+    inputs, output = (0, 0) if unit == "expert" else (-2, -1)
+    return [*((path, inputs) for path in family.mlp_inputs), (family.mlp_output, output)]

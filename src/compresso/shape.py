@@ -4,18 +4,18 @@ Gates are passed as a dict from unit to one flat tensor, layer after layer;
 `ModelShape.sizes` tells how to split it.
 """
 
-import typing
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.families import Family, family_of
+from compresso.families import UNITS, Family, family_of
 
-UNITS = ("kv_group", "intermediate", "hidden", "attention", "mlp")
-"""kv_group: a key/value head with its query heads. intermediate: an FFN channel. hidden: a
-channel of the residual stream. attention, mlp: a whole sub-layer."""
+BINARY = ("hidden", "expert")
+"""Units that a plan keeps or removes, and does not scale."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,19 @@ class LayerShape:
     queries_per_group: int
     head_dim: int
     intermediate_size: int
+    """Of a mixture, that of each expert."""
+    num_experts: int | None = None
+    """None where the FFN is no mixture."""
+
+    @property
+    def experts(self) -> int:
+        """How many FFNs of this width there are."""
+        return 1 if self.num_experts is None else self.num_experts
+
+    @property
+    def channels(self) -> int:
+        """FFN channels of all experts."""
+        return self.experts * self.intermediate_size
 
     @property
     def rows_per_group(self) -> int:
@@ -44,6 +57,7 @@ class LayerShape:
             "num_key_value_heads": self.num_key_value_heads,
             "num_attention_heads": self.num_key_value_heads * self.queries_per_group,
             "intermediate_size": self.intermediate_size,
+            **({} if self.num_experts is None else {"num_experts": self.num_experts}),
         }
 
     def columns(self, unit: str) -> int:
@@ -57,6 +71,27 @@ class ModelShape:
     mlp_matrices: int
     """3 with a gated FFN (gate, up, down), else 2."""
     layers: tuple[LayerShape, ...]
+    experts_per_token: int = 1
+    """How many experts each token of a mixture goes to: no layer keeps fewer."""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The kinds of units that it has."""
+        return tuple(u for u in UNITS if u != "expert" or self.layers[0].num_experts is not None)
+
+    def rows(self, layer: LayerShape) -> int:
+        """Rows of the prunable matrices of a layer: for each hidden channel so many parameters."""
+        return layer.attention_rows + layer.channels * self.mlp_matrices
+
+    def price(self, unit: str) -> list[int]:
+        """Rows that go with one group, FFN channel or expert, one entry a layer."""
+        match unit:
+            case "kv_group":
+                return [layer.rows_per_group for layer in self.layers]
+            case "intermediate":
+                return [layer.experts * self.mlp_matrices for layer in self.layers]
+            case _:
+                return [layer.intermediate_size * self.mlp_matrices for layer in self.layers]
 
     def sizes(self, unit: str) -> list[int]:
         """Number of units of this kind: one entry a layer, for `hidden` a single one."""
@@ -65,6 +100,8 @@ class ModelShape:
                 return [layer.num_key_value_heads for layer in self.layers]
             case "intermediate":
                 return [layer.intermediate_size for layer in self.layers]
+            case "expert":
+                return [layer.experts for layer in self.layers]
             case "hidden":
                 return [self.hidden_size]
             case _:
@@ -72,7 +109,7 @@ class ModelShape:
 
     def open_gates(self) -> dict[str, Tensor]:
         """Every gate of every unit at 1."""
-        return {unit: torch.ones(sum(self.sizes(unit)), dtype=torch.float64) for unit in UNITS}
+        return {unit: torch.ones(sum(self.sizes(unit)), dtype=torch.float64) for unit in self.units}
 
 
 def describe(model: PreTrainedModel) -> ModelShape:
@@ -86,17 +123,19 @@ def describe(model: PreTrainedModel) -> ModelShape:
     head_dim = head_dim_of(model.config)
     layers = []
     for layer in model.get_submodule(family.layers):
-        groups, queries, width = 0, 0, 0
+        groups, queries, width, experts = 0, 0, 0, 0
         if has(layer, family.attention_output):
-            heads = _linear(layer, family.attention_output).in_features // head_dim
-            rows = sum(_linear(layer, path).out_features for path in family.attention_inputs)
+            heads = _sizes(layer, family.attention_output)[1] // head_dim
+            rows = sum(_sizes(layer, path)[0] for path in family.attention_inputs)
             groups = (rows // head_dim - heads) // 2  # all have queries, and each group a key and a value
             queries = heads // groups
         if has(layer, family.mlp_output):
-            width = _linear(layer, family.mlp_output).in_features
-        layers.append(LayerShape(groups, queries, head_dim, width))
+            *stacked, _, width = _sizes(layer, family.mlp_output)
+            experts = stacked[0] if stacked else 1
+        layers.append(LayerShape(groups, queries, head_dim, width, experts if family.router else None))
     hidden_size = model.get_submodule(family.embedding).weight.shape[1]
-    return ModelShape(hidden_size, len(family.mlp_inputs) + 1, tuple(layers))
+    each = model.config.num_experts_per_tok if family.router else 1
+    return ModelShape(hidden_size, family.mlp_matrices, tuple(layers), each)
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -127,12 +166,19 @@ def rows_of(units: Tensor, each: int) -> Tensor:
     return (units[:, None] * each + torch.arange(each, device=units.device)).flatten()
 
 
+def rows_of_channels(family: Family, channels: Tensor, width: int) -> Tensor:
+    """Indices of the rows of `mlp_inputs` that these FFN channels of so many own; in experts, those of gate and up."""
+    return torch.cat([channels, channels + width]) if family.router else channels
+
+
 def has(layer: nn.Module, path: str) -> bool:
-    """Whether a module with weights is there, or was removed by an earlier plan."""
+    """Whether a matrix is there, or was removed by an earlier plan."""
+    owner, _, name = path.rpartition(".")
     try:
-        return hasattr(layer.get_submodule(path), "weight")
+        found = getattr(layer.get_submodule(owner), name)
     except AttributeError:
         return False
+    return isinstance(found, Tensor) or hasattr(found, "weight")
 
 
 def prunable_parameters(shape: ModelShape, gates: dict[str, Tensor]) -> Tensor:
@@ -140,7 +186,7 @@ def prunable_parameters(shape: ModelShape, gates: dict[str, Tensor]) -> Tensor:
 
     `gates` holds the probability that each unit stays open; units that are left out
     are open. With 0/1 entries in float64 the result is the exact count of the extracted
-    model. Biases, norms, embedding and head are not prunable and not counted.
+    model. Biases, norms, routers, embedding and head are not prunable and not counted.
 
     Compresso (arXiv 2310.05015), section 3.3: the double sum over hidden channels and
     the units of a layer is the product of two sums.
@@ -155,7 +201,7 @@ def prunable_parameters(shape: ModelShape, gates: dict[str, Tensor]) -> Tensor:
 
     rows_per_group = some.new_tensor([layer.rows_per_group for layer in shape.layers])
     attention_rows = per_layer("attention") * per_layer("kv_group") * rows_per_group
-    mlp_rows = per_layer("mlp") * per_layer("intermediate") * shape.mlp_matrices
+    mlp_rows = per_layer("mlp") * per_layer("expert") * per_layer("intermediate") * shape.mlp_matrices
     return per_layer("hidden").squeeze() * (attention_rows.sum() + mlp_rows.sum())
 
 
@@ -169,10 +215,11 @@ def count_prunable(model: PreTrainedModel) -> int:
     family = family_of(model.config.model_type)
     paths = (*family.attention_inputs, family.attention_output, *family.mlp_inputs, family.mlp_output)
     layers = model.get_submodule(family.layers)
-    matrices = [_linear(layer, path) for layer in layers for path in paths if has(layer, path)]
-    return sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    return sum(math.prod(_sizes(layer, path)) for layer in layers for path in paths if has(layer, path))
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    """A matrix; its features are those of the numbers that it stands for, however they are stored."""
-    return typing.cast(nn.Linear, layer.get_submodule(path))
+def _sizes(layer: nn.Module, path: str) -> tuple[int, ...]:
+    """Rows and columns of a matrix, those of the numbers that it stands for, however they are stored; experts first."""
+    owner, _, name = path.rpartition(".")
+    found: Any = getattr(layer.get_submodule(owner), name)
+    return tuple(found.shape) if isinstance(found, Tensor) else (found.out_features, found.in_features)

@@ -5,11 +5,12 @@ gates and optimizer stay whole and equal in every process, as in a launch withou
 runs. Embedding and head are whole everywhere.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -46,10 +47,12 @@ def load(place: Path, dtype: torch.dtype, accelerator: Accelerator) -> tuple[Pre
     model.config.dtype = dtype
     if (place / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
-    return model.eval(), stored.dtype
+    return model.eval(), StoredWeights(place).dtype
 
 
-def _fill(module: nn.Module, prefix: str, stored: StoredWeights, dtype: torch.dtype, device: torch.device) -> None:
+def _fill(
+    module: nn.Module, prefix: str, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     """Read the parameters that are not there yet; a tied one has no name of its own among the stored."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta and prefix + name in stored:

@@ -23,6 +23,7 @@ EVERY = 5  # steps of the hold phase between two cuts
 RARELY_OPEN = 0.5  # P(gate > 0) below which a unit may be cut; LOG.md, 2026-11-25
 FEW_WIDTHS = 12  # widths of a layer's FFN are rounded up to about this many values; LOG.md, 2026-11-25
 UNITS = ("kv_group", "intermediate")
+"""What is cut; in a mixture groups alone."""
 
 
 class Shrinking:
@@ -34,7 +35,8 @@ class Shrinking:
         self._target, self._round_to = target_sparsity, round_to
         self._family = family_of(model.config.model_type)
         self._layers = model.get_submodule(self._family.layers)
-        self._kept = {unit: [torch.arange(n) for n in self.shape.sizes(unit)] for unit in UNITS}
+        units = UNITS[:1] if self._family.router else UNITS
+        self._kept = {unit: [torch.arange(n) for n in self.shape.sizes(unit)] for unit in units}
 
     @torch.no_grad()
     def cut(self, optimizer: ExactAdamW) -> int:
@@ -68,7 +70,9 @@ class Shrinking:
 
     def _closed(self) -> dict[str, Tensor]:
         """What has been cut or may be now: a boolean for each unit."""
-        log_alpha = {u: self._masks.log_alpha[u].detach().cpu() for u in UNITS if u in self._masks.log_alpha}
+        log_alpha = {u: a.detach().cpu() for u, a in self._masks.log_alpha.items() if u in self._kept}
+        if not log_alpha:
+            return {}
         rare = torch.cat([a[hard_concrete.prob_open(a) < RARELY_OPEN] for a in log_alpha.values()]).unique()
 
         def below(count: int) -> dict[str, Tensor]:
@@ -106,8 +110,9 @@ class Shrinking:
     def restore(self) -> None:
         """The model's own shape again, once adapters are merged; what was cut out is zero, and no plan keeps it."""
         for layer, shape in enumerate(self.shape.layers):
-            for unit, size in (("kv_group", shape.num_key_value_heads), ("intermediate", shape.intermediate_size)):
-                kept = self._kept[unit][layer]
+            sizes_of = {"kv_group": shape.num_key_value_heads, "intermediate": shape.intermediate_size}
+            for unit, of_layers in self._kept.items():
+                kept, size = of_layers[layer], sizes_of[unit]
                 if len(kept) == size:
                     continue
                 self._count(unit, layer, size)

@@ -4,7 +4,9 @@ The smaller model exists only as shapes on the meta device; its weights go from 
 shards of the old checkpoint straight to their place in those of the new one.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +20,8 @@ from compresso import checkpoint, untrusted
 from compresso import plan as plans
 from compresso.adapters import Adapter
 from compresso.extract import check_fit, cut_weights, smaller_config
-from compresso.families import family_of, name_in_files
+from compresso.families import Family, family_of, renamed, tensors_in_files
+from compresso.mixtures import Sorted
 from compresso.plan import Plan
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.shape import count_prunable, describe
@@ -36,10 +39,11 @@ class StoredWeights(Mapping[str, Tensor]):
     Raises ValueError for a file that is damaged, and where an index names one that is missing.
     """
 
-    def __init__(self, folder: Path, stored_names: tuple[tuple[str, str], ...] = ()):
-        """`stored_names`: those of a family (`Family.stored_names`), whose tensors go by the model's names here."""
+    def __init__(self, folder: Path, family: Family | None = None):
+        """Of a family whose files call tensors otherwise, they go by the model's names here, experts in stacks."""
         self._file: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
+        self._stacks: dict[str, list[list[str]]] = {}
         try:
             if (folder / INDEX).is_file():
                 names = untrusted.read_json(folder / INDEX)["weight_map"]
@@ -51,30 +55,50 @@ class StoredWeights(Mapping[str, Tensor]):
                     self._file |= dict.fromkeys(stored.keys(), file)
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the weights in {folder} cannot be read: {checkpoint.first_line(error)}") from error
-        for own, other in stored_names:
-            for name in [name for name in self._file if name.startswith(other)]:
-                renamed = own + name.removeprefix(other)
-                self._file[renamed], self._stored[renamed] = self._file.pop(name), name
+        self._names = dict.fromkeys(self._file)
+        for own, other in family.stored_names if family else ():
+            for name in [name for name in self._file if renamed(name, other, own) != name]:
+                del self._names[name]
+                self._stored[renamed(name, other, own)] = name
+        for own, parts in family.stored_experts if family else ():
+            for name in [name for name in self._file if name.endswith(parts[0].format(0))]:
+                layer = name.removesuffix(parts[0].format(0))
+                of_experts = ([layer + part.format(i) for part in parts] for i in itertools.count())
+                whole = itertools.takewhile(lambda names: self._file.keys() >= set(names), of_experts)
+                self._stacks[layer + own] = list(whole)
+        self._names |= dict.fromkeys((*self._stored, *self._stacks))
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._stacks:
+            return self._read(self._stored.get(name, name))
+        return torch.stack([torch.cat([self._read(part) for part in parts]) for parts in self._stacks[name]])
+
+    def missing(self, model: PreTrainedModel) -> list[str]:
+        """Tensors that files of this model hold, and these do not; of tied ones the first counts."""
+        model_type = model.config.model_type
+        parameters = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        parts = (part for name, shape in parameters for part, _ in tensors_in_files(model_type, name, shape))
+        return [part for part in parts if part not in self._file]
+
+    def _read(self, name: str) -> Tensor:
         with safe_open(self._file[name], "pt") as stored:  # opened anew, so that no page of it stays mapped
-            return stored.get_tensor(self._stored.get(name, name))
+            return stored.get_tensor(name)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the first weight; the others of a checkpoint have it too."""
         name = next(name for name in self._file if name.endswith(".weight"))
         with safe_open(self._file[name], "pt") as stored:
-            return stored.get_slice(self._stored.get(name, name))[:0].dtype
+            return stored.get_slice(name)[:0].dtype
 
     def __contains__(self, name: object) -> bool:
-        return name in self._file
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._file)
+        return len(self._names)
 
 
 class MergedWeights(Mapping[str, Tensor]):
@@ -146,7 +170,7 @@ def write_cut(
     plan = plan or Plan(shape, shape.open_gates())
     check_fit(plan, shape, family_of(config.model_type))
     old, tokenizer = read_weights(place, whole), checkpoint.load_tokenizer(str(place))
-    dtype = old.dtype
+    dtype = StoredWeights(place).dtype
     smaller = shapes_of(smaller_config(config, old, plan))
     facts = {
         "base model": base,
@@ -170,12 +194,13 @@ def write_cut(
     return {**facts, "prunable_parameters": count_prunable(smaller), "bytes": checkpoint.weight_bytes(folder)}
 
 
-def read_weights(place: Path, model: PreTrainedModel) -> StoredWeights:
-    """The weights in a folder. Raises ValueError if some of `model`'s are missing."""
-    found = StoredWeights(place, family_of(model.config.model_type).stored_names)
-    if missing := [name for name in stored_names(model) if name not in found]:
+def read_weights(place: Path, model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """The weights in a folder, those of experts in order. Raises ValueError if some of `model`'s are missing."""
+    family = family_of(model.config.model_type)
+    found = StoredWeights(place, family)
+    if missing := found.missing(model):
         raise ValueError(f"the weights in {place} lack {missing[0]} and {len(missing) - 1} more")
-    return found
+    return Sorted(found, family) if family.router else found
 
 
 def shapes_of(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -207,7 +232,7 @@ def write_shards(
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     dtype, shards = model.config.dtype, _shards(model)
-    stored = {name: name_in_files(model.config.model_type, name) for name in shapes}
+    stored = {name: tensors_in_files(model.config.model_type, name, shape) for name, shape in shapes.items()}
     places: dict[str, tuple[int, int]] = {}
     for number, shard in enumerate(shards, 1):
         places |= {name: (number, begin) for name, begin in shard.items()}
@@ -217,7 +242,7 @@ def write_shards(
     try:
         for number, shard in enumerate(shards, 1):
             files[number] = (folder / names[number]).open("wb")
-            files[number].write(_header(shard, shapes, dtype, stored))
+            files[number].write(_header(shard, dtype, stored))
         starts = {number: file.tell() for number, file in files.items()}
         for name, tensor in weights:
             if name not in places:  # a head that is tied
@@ -236,7 +261,7 @@ def write_shards(
         raise RuntimeError(f"the cut weights lack {sorted(missing)}")
     if len(shards) > 1:
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-        weight_map = {stored[name]: names[number] for name, (number, _) in places.items()}
+        weight_map = {part: names[number] for name, (number, _) in places.items() for part, _ in stored[name]}
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -259,14 +284,14 @@ def _file_name(number: int, of: int) -> str:
     return "model.safetensors" if of == 1 else f"model-{number:05}-of-{of:05}.safetensors"
 
 
-def _header(
-    shard: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, stored: dict[str, str]
-) -> bytes:
+def _header(shard: dict[str, int], dtype: torch.dtype, stored: dict[str, list[tuple[str, tuple[int, ...]]]]) -> bytes:
     """The beginning of a safetensors file: its length, then JSON, padded with spaces to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, begin in shard.items():
-        size = torch.Size(shapes[name]).numel() * dtype.itemsize
-        entries[stored[name]] = {"dtype": DTYPES[dtype], "shape": shapes[name], "data_offsets": [begin, begin + size]}
+        for part, shape in stored[name]:
+            end = begin + math.prod(shape) * dtype.itemsize
+            entries[part] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+            begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

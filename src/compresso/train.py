@@ -25,6 +25,7 @@ from compresso.adapters import learning
 from compresso.batches import Batch
 from compresso.cpu_attention import products
 from compresso.families import family_of
+from compresso.mixtures import idle
 from compresso.prefix import for_rows, positions_after, read_only, run_prefix, with_cache
 from compresso.shrink import EVERY
 from compresso.stopping import uninterrupted
@@ -171,9 +172,9 @@ def recomputed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 
 
 def operations(model: PreTrainedModel, tokens: int, passes: int) -> int:
-    """Floating-point operations of passes of a model over tokens: two for each parameter and token; a backward pass
-    counts as two passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
-    return 2 * passes * tokens * sum(p.numel() for p in model.parameters())
+    """Floating-point operations of passes of a model over tokens: two for a token and each parameter that it meets; a
+    backward pass counts as two passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+    return 2 * passes * tokens * (sum(p.numel() for p in model.parameters()) - idle(model))
 
 
 def gate_learning_rate(steps: int) -> float:
