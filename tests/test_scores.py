@@ -7,6 +7,7 @@ import torch
 
 from compresso import PruneConfig, extract, scores
 from compresso.allocation import standardised, uniform, whole_layers
+from compresso.batches import IGNORE
 from compresso.calibration import (
     block_influence,
     calibration_batches,
@@ -15,6 +16,7 @@ from compresso.calibration import (
     real_tokens,
     weight_gradients,
 )
+from compresso.masks import gated
 from compresso.methods import METHODS
 from compresso.plan import Plan
 from compresso.prepare import prepare
@@ -120,6 +122,26 @@ def test_taylor_equals_autograd(bench):
         torch.testing.assert_close(found["kv_group"][2 * i : 2 * i + 2], sum(rows).detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_fisher_is_the_mean_square_of_each_records_gradient(bench):
+    found = scores.fisher(bench)["intermediate"]
+    given, shape = calibration_batches(bench), describe(bench.model)
+    records = [
+        torch.where(whole.labels[i] != IGNORE, whole.ids[i], IGNORE)
+        for whole in (batch.unshared() for batch in given)
+        for i in range(len(whole.ids))
+    ]
+    rows = [whole.ids[i] for whole in (batch.unshared() for batch in given) for i in range(len(whole.ids))]
+    mean_targets = sum(int((labels != IGNORE).sum()) for labels in records) / len(records)
+    squares = torch.zeros(sum(shape.sizes("intermediate")))
+    for ids, labels in zip(rows, records, strict=True):
+        gate = torch.ones(len(squares), requires_grad=True)
+        with gated(bench.model, shape, {"intermediate": gate}):
+            logits = bench.model(ids[None]).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
+        squares += torch.autograd.grad(loss / mean_targets, gate)[0].square() / len(records)
+    torch.testing.assert_close(found, squares / shape.mlp_matrices, rtol=1e-3, atol=1e-9)
+
+
 def test_gradients_leave_no_trace(bench):
     model = bench.model
     for name, p in model.named_parameters():
@@ -129,7 +151,7 @@ def test_gradients_leave_no_trace(bench):
     assert all(p.requires_grad == ("norm" in name) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "taylor_second", "minitron", "magnitude"])
+@pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "taylor_second", "fisher", "minitron", "magnitude"])
 def test_units_that_do_nothing_come_last(bench, name):
     dead = {"intermediate": [5, 60, 100], "kv_group": [3]}
     with torch.no_grad():

@@ -140,7 +140,7 @@ def check_inputs(model_type: str) -> None:
     if family_of(model_type).router:
         raise ValueError(
             f"experts of a {model_type} do not show what goes into their last matrices, which wanda, flap, minitron "
-            "and --refit measure; use --method l0, taylor, taylor2, magnitude, shortgpt or random"
+            "and --refit measure; use --method l0, fisher, taylor, taylor2, magnitude, shortgpt or random"
         )
 
 

@@ -52,7 +52,9 @@ class PruneConfig:
     """What the kept widths must be. free: each layer its own; uniform: the same in all layers, so that a stock class
     holds the result; tp:N: uniform, for tensor parallel over N; vllm: uniform, in multiples of 128; llama.cpp: FFN
     widths in multiples of 256, for K-quants; multiple:N: FFN widths in multiples of N."""
-    method: Literal["l0", "random", "magnitude", "wanda", "flap", "taylor", "taylor2", "minitron", "shortgpt"] = "l0"
+    method: Literal[
+        "l0", "random", "magnitude", "wanda", "flap", "taylor", "taylor2", "fisher", "minitron", "shortgpt"
+    ] = "l0"
     """How units are chosen. l0: hard concrete gates trained with LoRA (the paper's method). The others score units
     once, without training, as others do: docs/methods.md tells how."""
     allocation: Literal["auto", "local", "global"] = "auto"

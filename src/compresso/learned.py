@@ -20,6 +20,7 @@ from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule, s
 from compresso.masks import Gates, Masks, gated
 from compresso.perplexity import mean_loss
 from compresso.plan import Plan
+from compresso.scores import by_parameter
 from compresso.shape import describe
 from compresso.shrink import Shrinking
 from compresso.train import Teacher, fit, gate_learning_rate
@@ -123,11 +124,7 @@ def warm_start(masks: Masks, importance: dict[str, Tensor]) -> None:
     """
     shape = masks.shape
     before = float(masks.expected_sparsity())
-    price = {
-        unit: values / torch.tensor(shape.price(unit)).repeat_interleave(torch.tensor(shape.sizes(unit)))
-        for unit, values in importance.items()
-        if unit in masks.log_alpha
-    }
+    price = by_parameter(shape, {unit: values for unit, values in importance.items() if unit in masks.log_alpha})
     ranks = torch.cat([*price.values()]).argsort().argsort()
     quantiles = torch.logit((ranks + 0.5) / len(ranks))
     for unit, own in zip(price, quantiles.split([len(p) for p in price.values()]), strict=True):

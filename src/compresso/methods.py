@@ -22,11 +22,12 @@ Method = Callable[[Workbench], tuple[PreTrainedModel, Plan]]
 
 
 def one_shot(
-    bench: Workbench, score: Callable[[Workbench], scores.Scores], allocation: str
+    bench: Workbench, score: Callable[[Workbench], scores.Scores], allocation: str, comparable: bool = False
 ) -> tuple[PreTrainedModel, Plan]:
     """Remove the units of lowest score, layer by layer or (`allocation` global) by one threshold for all.
 
-    With `--refit` the model is changed for the plan.
+    Scores that are `comparable` between layers and kinds are not standardised for it. With `--refit` the model is
+    changed for the plan.
     """
     config, shape = bench.config, describe(bench.model)
     found = {unit: values for unit, values in score(bench).items() if unit in config.gates}
@@ -37,7 +38,9 @@ def one_shot(
     if rules.uniform or allocation == "local":
         plan = uniform(shape, found, config.target_sparsity, rules.round_to, rules.nearest)
     else:
-        plan = select(shape, standardised(shape, found), config.target_sparsity, rules.round_to)
+        plan = select(
+            shape, found if comparable else standardised(shape, found), config.target_sparsity, rules.round_to
+        )
     if config.refit:
         refit(bench.model, plan, input_moments(bench.model, calibration_batches(bench), gram=True))
     return bench.model, plan
@@ -66,6 +69,7 @@ METHODS: dict[str, Method] = {
     "flap": flap,
     "taylor": partial(one_shot, score=scores.taylor, allocation="local"),
     "taylor2": partial(one_shot, score=scores.taylor_second, allocation="local"),
+    "fisher": partial(one_shot, score=scores.fisher, allocation="global", comparable=True),
     "minitron": partial(one_shot, score=scores.minitron, allocation="local"),
     "shortgpt": shortgpt,
 }
