@@ -39,7 +39,7 @@ from tiny import QUICK, tiny_model, tiny_tokenizer, write_records
 CALLS = 250  # of writing, syncing and renaming in a run of these kinds, about
 TIMES = {"seconds", "recovery_seconds", "peak_memory_bytes", "cost", "checkpoints"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "all weights": {"tune": "full", "also": (0.1,), "steps": 10, "hold": 0.5},
+    "all weights": {"tune": "full", "also": (0.1,), "steps": 10, "hold": 0.5, "own_texts": 2},
     "adapters": {"tune": "lora", "distill": 0.3, "kept_gates": "soft"},
     "own records": {"data": "self", "self_records": 10, "steps": 4, "units": "kv_group,intermediate,hidden"},
     "a score": {"method": "wanda", "recover_steps": 6},

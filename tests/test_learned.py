@@ -79,9 +79,7 @@ def test_a_warm_start_keeps_the_order_and_the_expected_sparsity():
     hidden = masks.log_alpha["hidden"].clone()
     importance = {unit: torch.rand(sum(shape.sizes(unit))) for unit in ("kv_group", "intermediate")}
     warm_start(masks, importance)
-    price = {"kv_group": importance["kv_group"] / shape.layers[0].rows_per_group}
-    price["intermediate"] = importance["intermediate"] / shape.mlp_matrices
-    ranks = torch.cat([price["kv_group"], price["intermediate"]]).argsort()
+    ranks = torch.cat([*importance.values()]).argsort()
     log_alpha = torch.cat([masks.log_alpha["kv_group"], masks.log_alpha["intermediate"]]).detach()
     assert (log_alpha[ranks].diff() >= 0).all()
     assert float(masks.expected_sparsity().detach()) == pytest.approx(before, abs=1e-6)

@@ -16,11 +16,13 @@ from compresso.calibration import (
     real_tokens,
     weight_gradients,
 )
+from compresso.importance import fisher
 from compresso.masks import gated
 from compresso.methods import METHODS
 from compresso.plan import Plan
 from compresso.prepare import prepare
 from compresso.repair import add_biases, kept_columns, refit
+from compresso.self_data import write_texts
 from compresso.shape import LayerShape, ModelShape, describe
 from compresso.train import target_loss
 from tiny import random_plan, tiny_model
@@ -123,7 +125,8 @@ def test_taylor_equals_autograd(bench):
 
 
 def test_fisher_is_the_mean_square_of_each_records_gradient(bench):
-    found = scores.fisher(bench)["intermediate"]
+    bench.config = replace(bench.config, own_texts=0)
+    found = fisher(bench)["intermediate"]
     given, shape = calibration_batches(bench), describe(bench.model)
     records = [
         torch.where(whole.labels[i] != IGNORE, whole.ids[i], IGNORE)
@@ -142,6 +145,24 @@ def test_fisher_is_the_mean_square_of_each_records_gradient(bench):
     torch.testing.assert_close(found, squares / shape.mlp_matrices, rtol=1e-3, atol=1e-9)
 
 
+def test_what_only_the_models_own_texts_ask_for_counts(bench):
+    on_records = fisher(replace(bench, config=replace(bench.config, own_texts=0)))
+    bench.config = replace(bench.config, own_texts=3)
+    found = fisher(bench)
+    assert all(torch.equal(found[unit], again) for unit, again in fisher(bench).items())
+    for unit, values in found.items():
+        assert (values > 0).all()
+        assert not torch.equal(values.argsort(), on_records[unit].argsort())
+
+
+def test_own_texts_are_of_plain_tokens_and_follow_the_seed(bench):
+    texts = write_texts(bench.model, bench.encoder, 40, 12, seed=0)
+    assert texts.shape == (40, 12)
+    assert torch.equal(texts, write_texts(bench.model, bench.encoder, 40, 12, seed=0))
+    assert not torch.equal(texts, write_texts(bench.model, bench.encoder, 40, 12, seed=1))
+    assert not {*texts[:, 0].tolist()} & {*bench.tokenizer.all_special_ids}
+
+
 def test_gradients_leave_no_trace(bench):
     model = bench.model
     for name, p in model.named_parameters():
@@ -151,7 +172,7 @@ def test_gradients_leave_no_trace(bench):
     assert all(p.requires_grad == ("norm" in name) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "taylor_second", "fisher", "minitron", "magnitude"])
+@pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "taylor_second", "minitron", "magnitude"])
 def test_units_that_do_nothing_come_last(bench, name):
     dead = {"intermediate": [5, 60, 100], "kv_group": [3]}
     with torch.no_grad():

@@ -17,6 +17,7 @@ QUICK = {
     "recover_steps": 4,
     "batch_size": 4,
     "max_length": 48,
+    "own_texts": 0,
     "prompt": "short",
     "device": "cpu",
     "precision": "fp32",

@@ -67,6 +67,9 @@ class PruneConfig:
     """Let gates start where a first look at gradients ranks their units, instead of all at one value."""
     calibration_records: int = 128
     """Records that scores are measured on."""
+    own_texts: int = 64
+    """Texts that the model writes itself, on which l0's start and `--method fisher` look as well: they show what the
+    records do not ask for. 0 leaves them out."""
     kept_gates: Literal["auto", "soft", "binary"] = "auto"
     """Value of kept gates: soft values folded into weights, 1, or whichever measures better."""
 
@@ -210,7 +213,7 @@ class PruneConfig:
         at_least = {
             **dict.fromkeys(("round_to", "batch_size", "accumulation", "lora_rank", "validation_records"), 1),
             **dict.fromkeys(("perplexity_windows", "self_records", "steps", "calibration_records", "checkpoints"), 1),
-            **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed", "distill"), 0),
+            **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed", "distill", "own_texts"), 0),
             "checkpoint_seconds": 0,
             "max_length": 16,
         }

@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 from compresso import hard_concrete, tuning
 from compresso.adapters import inside, merge
 from compresso.allocation import decide
-from compresso.calibration import calibration_batches, gate_gradients
+from compresso.importance import fisher
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule, shift
 from compresso.masks import Gates, Masks, gated
 from compresso.perplexity import mean_loss
 from compresso.plan import Plan
-from compresso.scores import by_parameter
 from compresso.shape import describe
 from compresso.shrink import Shrinking
 from compresso.train import Teacher, fit, gate_learning_rate
@@ -38,10 +37,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.gates})
     found = bench.newest("prune")
     if config.warm_start and not found and {"kv_group", "intermediate", "expert"} & masks.log_alpha.keys():
-        warm_start(
-            masks,
-            gate_gradients(bench.model, calibration_batches(bench, backward=True), config.gradient_checkpointing)[1],
-        )
+        warm_start(masks, fisher(bench))
     teacher = None
     if config.distill and bench.tune == "full":
         teacher = Teacher(copy.deepcopy(bench.model).requires_grad_(False), config.distill)
@@ -116,18 +112,17 @@ def dense(wrapped: PeftModel, gates: Gates) -> Iterator[None]:
 
 @torch.no_grad()
 def warm_start(masks: Masks, importance: dict[str, Tensor]) -> None:
-    """Spread log_alpha of groups, channels and experts by the rank of their importance for each parameter.
+    """Spread log_alpha of groups, channels and experts by the rank of their importance.
 
-    `importance` are estimates of what the loss gains when a unit goes (`gate_gradients`). The ranks of all units
-    together, as quantiles of a logistic distribution, leave few gates undecided at any threshold. The expected
+    `importance` are estimates of what the loss gains, for each parameter, when a unit goes (`fisher`). The ranks of all
+    units together, as quantiles of a logistic distribution, leave few gates undecided at any threshold. The expected
     sparsity stays what it was.
     """
-    shape = masks.shape
     before = float(masks.expected_sparsity())
-    price = by_parameter(shape, {unit: values for unit, values in importance.items() if unit in masks.log_alpha})
-    ranks = torch.cat([*price.values()]).argsort().argsort()
+    known = {unit: values for unit, values in importance.items() if unit in masks.log_alpha}
+    ranks = torch.cat([*known.values()]).argsort().argsort()
     quantiles = torch.logit((ranks + 0.5) / len(ranks))
-    for unit, own in zip(price, quantiles.split([len(p) for p in price.values()]), strict=True):
+    for unit, own in zip(known, quantiles.split([*map(len, known.values())]), strict=True):
         masks.log_alpha[unit] += SPREAD * own
     shift(masks, before)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from compresso import scores
 from compresso.allocation import standardised, uniform, whole_layers
 from compresso.calibration import block_influence, calibration_batches, input_moments
+from compresso.importance import fisher
 from compresso.learned import l0
 from compresso.plan import Plan, select
 from compresso.repair import add_biases, refit
@@ -69,7 +70,7 @@ METHODS: dict[str, Method] = {
     "flap": flap,
     "taylor": partial(one_shot, score=scores.taylor, allocation="local"),
     "taylor2": partial(one_shot, score=scores.taylor_second, allocation="local"),
-    "fisher": partial(one_shot, score=scores.fisher, allocation="global", comparable=True),
+    "fisher": partial(one_shot, score=fisher, allocation="global", comparable=True),
     "minitron": partial(one_shot, score=scores.minitron, allocation="local"),
     "shortgpt": shortgpt,
 }

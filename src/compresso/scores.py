@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 from compresso.calibration import (
     Moments,
     calibration_batches,
-    gate_gradients,
     input_moments,
     output_norms,
     output_paths,
     weight_gradients,
 )
 from compresso.families import Family, family_of
-from compresso.shape import ModelShape, describe, has
+from compresso.shape import describe, has
 from compresso.workbench import Workbench
 
 Scores = dict[str, Tensor]
@@ -71,22 +70,6 @@ def taylor_second(bench: Workbench) -> Scores:
         return (w.float() * first[name] - w.float().square() * second[name] / 2).abs()
 
     return _over_unit(bench.model, score)
-
-
-def fisher(bench: Workbench) -> Scores:
-    """Fisher information of a unit's gate, the mean square over records of the loss's gradient, for each parameter that
-    goes with the unit (Kwon et al. 2022, arXiv 2204.09656, section 4.1)."""
-    given = calibration_batches(bench, backward=True)
-    _, squares = gate_gradients(bench.model, given, bench.config.gradient_checkpointing)
-    return by_parameter(describe(bench.model), squares)
-
-
-def by_parameter(shape: ModelShape, values: Scores) -> Scores:
-    """Values of groups, channels or experts, each divided by the rows of weights that go with one of them."""
-    return {
-        unit: value / torch.tensor(shape.price(unit)).repeat_interleave(torch.tensor(shape.sizes(unit)))
-        for unit, value in values.items()
-    }
 
 
 def minitron(bench: Workbench) -> Scores:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.batches import MARK, Encoder
 from compresso.prompts import CollaborativePrompt
+from compresso.workbench import progress_bar
 
 AT_ONCE = 16
+TEXTS_AT_ONCE = 32
 QUESTION_TOKENS, ANSWER_TOKENS, TEXT_TOKENS = 64, 160, 192
 
 
@@ -35,6 +38,34 @@ def write_records(
                 return
     if not written:
         raise ValueError("the model wrote no usable record of its own; use --data with a file")
+
+
+@torch.no_grad()
+def write_texts(model: PreTrainedModel, encoder: Encoder, count: int, length: int, seed: int) -> Tensor:
+    """Token ids (count, length) of texts that the model samples, each after a random token that is no special one."""
+    torch.manual_seed(seed)
+    special = {*encoder.tokenizer.all_special_ids, *encoder.tokenizer.added_tokens_decoder}
+    plain = torch.tensor([i for i in range(min(len(encoder.tokenizer), model.config.vocab_size)) if i not in special])
+    first = plain[torch.randint(len(plain), (count, 1))].to(model.device)
+    texts = []
+    with progress_bar() as bar:
+        task = bar.add_task("the model writes texts", total=count, note="")
+        for rows in first.split(TEXTS_AT_ONCE):
+            texts.append(
+                model.generate(
+                    rows,
+                    attention_mask=torch.ones_like(rows),
+                    max_new_tokens=length - 1,
+                    min_new_tokens=length - 1,
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    pad_token_id=_pad(encoder),
+                )
+            )
+            bar.advance(task, len(rows))
+    return torch.cat(texts)
 
 
 def _conversations(model: PreTrainedModel, encoder: Encoder, rng: random.Random, most: int) -> Iterator[dict]:

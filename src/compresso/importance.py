@@ -1,0 +1,63 @@
+"""What the loss gains when a unit goes, as far as gradients of its gate tell: on records, and on the model's own texts.
+
+Records show what they ask for and little of what else a model knows. Texts that it writes itself, beginning with a
+random token (LLM-QAT, arXiv 2305.17888), cost no data and show the rest: LOG.md, 2026-11-26.
+"""
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from compresso.batches import IGNORE, Batch, before_targets
+from compresso.calibration import calibration_batches, gate_gradients
+from compresso.self_data import write_texts
+from compresso.shape import ModelShape, describe
+from compresso.train import operations
+from compresso.workbench import Workbench
+
+LENGTH = 128  # tokens of a text
+ROWS = 8  # texts that are taken together
+LEAST = 1e-4  # of the mean: no unit is worth nothing because one of the two kinds of texts never asks for it
+
+
+def fisher(bench: Workbench) -> dict[str, Tensor]:
+    """Fisher information of the gates of groups, channels and experts, for each parameter that goes with one.
+
+    Flat tensors by kind of unit, layer after layer: the mean square over records of the loss's gradient (Kwon et al.
+    2022, arXiv 2204.09656, section 4.1). With `own_texts` the geometric mean of that and the same of texts that the
+    model writes; not for a model in parts, which writes none.
+    """
+    config, shape = bench.config, describe(bench.model)
+    found = _of(bench, shape, calibration_batches(bench, backward=True))
+    if not config.own_texts or bench.place:
+        return found
+    own = _of(bench, shape, _own_texts(bench))
+    return {unit: (_floored(found, unit) * _floored(own, unit)).sqrt() for unit in found}
+
+
+def _of(bench: Workbench, shape: ModelShape, given: list[Batch]) -> dict[str, Tensor]:
+    _, squares = gate_gradients(bench.model, given, bench.config.gradient_checkpointing)
+    return {
+        unit: value / torch.tensor(shape.price(unit)).repeat_interleave(torch.tensor(shape.sizes(unit)))
+        for unit, value in squares.items()
+    }
+
+
+def _floored(values: dict[str, Tensor], unit: str) -> Tensor:
+    """Values of a kind of unit, none of them below a small part of the mean of all kinds."""
+    mean = torch.cat([*values.values()]).mean()
+    return values[unit].clamp(min=float(LEAST * mean))
+
+
+def _own_texts(bench: Workbench) -> list[Batch]:
+    """Batches of texts that the dense model writes, the same in all processes; the account is charged for them."""
+    config, model = bench.config, bench.model
+    length = min(LENGTH, bench.encoder.context or LENGTH)
+    ids = broadcast(write_texts(model, bench.encoder, config.own_texts, length, config.seed))
+    bench.spend("calibration", operations(model, ids.numel(), 4))  # written by one pass, and three to learn from
+    labels = ids.clone()
+    labels[:, 0] = IGNORE
+    return [
+        Batch(rows[:0, 0], rows, targets, rows.numel(), before_targets(targets))
+        for rows, targets in zip(ids.split(ROWS), labels.split(ROWS), strict=True)
+    ]
