@@ -149,6 +149,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(query_key_norms=True, gguf="qwen3", gguf_per_layer="openelm"),
     "smollm3": Family(config_lists=("layer_types", "no_rope_layers"), gguf="smollm3"),
     "granite": Family(gguf="granite"),
+    "arcee": Family(mlp_inputs=("mlp.up_proj",), gguf="arcee", native=("vLLM", "SGLang")),
     "gemma2": replace(_SANDWICHED, gguf="gemma2"),
     "gemma3_text": replace(_SANDWICHED, query_key_norms=True, gguf="gemma3"),
     "olmo2": Family(  # its query and key norms are over all heads together

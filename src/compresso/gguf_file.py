@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "qwen3moe": Architecture(),
     "smollm3": Architecture(interleaved=True, every=("no_rope_layers", 4, 0)),
     "granite": Architecture(interleaved=True),
+    "arcee": Architecture(interleaved=True),
     "gemma2": Architecture(every=("layer_types", 2, "full_attention")),
     "gemma3": Architecture(every=("layer_types", 6, "full_attention")),
     "olmo2": Architecture(square=True),

@@ -15,6 +15,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
+    ArceeModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma2Model,
@@ -220,6 +223,22 @@ class Qwen3PerLayerForCausalLM(PerLayer, Qwen3ForCausalLM):
 
 
 @strict(accept_kwargs=True)
+class ArceePerLayerConfig(ArceeConfig):
+    model_type = "compresso_arcee"
+
+    def validate_architecture(self):
+        """Any number of heads fits any hidden size when head_dim is given."""
+
+
+class ArceePerLayerModel(PerLayer, ArceeModel):
+    config_class = ArceePerLayerConfig
+
+
+class ArceePerLayerForCausalLM(PerLayer, ArceeForCausalLM):
+    config_class = ArceePerLayerConfig
+
+
+@strict(accept_kwargs=True)
 class Gemma2PerLayerConfig(Gemma2Config):
     model_type = "compresso_gemma2"
 
@@ -356,6 +375,7 @@ CLASSES = [
     (MistralPerLayerConfig, MistralPerLayerModel, MistralPerLayerForCausalLM),
     (Qwen2PerLayerConfig, Qwen2PerLayerModel, Qwen2PerLayerForCausalLM),
     (Qwen3PerLayerConfig, Qwen3PerLayerModel, Qwen3PerLayerForCausalLM),
+    (ArceePerLayerConfig, ArceePerLayerModel, ArceePerLayerForCausalLM),
     (Gemma2PerLayerConfig, Gemma2PerLayerModel, Gemma2PerLayerForCausalLM),
     (Gemma3TextPerLayerConfig, Gemma3TextPerLayerModel, Gemma3TextPerLayerForCausalLM),
     (GPTNeoXPerLayerConfig, GPTNeoXPerLayerModel, GPTNeoXPerLayerForCausalLM),
