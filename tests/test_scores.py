@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from compresso import PruneConfig, extract, scores
 from compresso.allocation import standardised, uniform, whole_layers
@@ -155,12 +157,31 @@ def test_what_only_the_models_own_texts_ask_for_counts(bench):
         assert not torch.equal(values.argsort(), on_records[unit].argsort())
 
 
-def test_own_texts_are_of_plain_tokens_and_follow_the_seed(bench):
+@pytest.mark.parametrize(
+    ("third", "special", "expected"),
+    [
+        ("<bos>", {"bos_token": "<bos>", "eos_token": "<eos>"}, "<bos>"),
+        (
+            "<|endoftext|>",
+            {"bos_token": "<pad>", "eos_token": "<eos>"},
+            "<|endoftext|>",
+        ),  # a chat model's own BOS and EOS
+        ("<bos>", {"eos_token": "<eos>"}, "<eos>"),
+    ],
+)
+def test_own_texts_begin_as_training_texts_did(bench, tokenizer, third, special, expected):
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("<bos>", third))
+    bench.encoder.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    texts = write_texts(bench.model, bench.encoder, 2, 3, seed=0)
+    assert bench.encoder.tokenizer.convert_ids_to_tokens(texts[:, 0].tolist()) == [expected] * 2
+
+
+def test_own_texts_follow_the_seed(bench):
     texts = write_texts(bench.model, bench.encoder, 40, 12, seed=0)
     assert texts.shape == (40, 12)
     assert torch.equal(texts, write_texts(bench.model, bench.encoder, 40, 12, seed=0))
     assert not torch.equal(texts, write_texts(bench.model, bench.encoder, 40, 12, seed=1))
-    assert not {*texts[:, 0].tolist()} & {*bench.tokenizer.all_special_ids}
+    assert len({*map(tuple, texts.tolist())}) > 20
 
 
 def test_gradients_leave_no_trace(bench):

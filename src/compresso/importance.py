@@ -1,7 +1,7 @@
 """What the loss gains when a unit goes, as far as gradients of its gate tell: on records, and on the model's own texts.
 
-Records show what they ask for and little of what else a model knows. Texts that it writes itself, beginning with a
-random token (LLM-QAT, arXiv 2305.17888), cost no data and show the rest: LOG.md, 2026-11-26.
+Records show what they ask for and little of what else a model knows. Texts that it writes itself cost no data and show
+the rest: LOG.md, 2026-11-26.
 """
 
 import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.batches import MARK, Encoder
 from compresso.prompts import CollaborativePrompt
@@ -42,11 +42,9 @@ def write_records(
 
 @torch.no_grad()
 def write_texts(model: PreTrainedModel, encoder: Encoder, count: int, length: int, seed: int) -> Tensor:
-    """Token ids (count, length) of texts that the model samples, each after a random token that is no special one."""
+    """Token ids (count, length) of texts that the model samples after what texts begin with."""
     torch.manual_seed(seed)
-    special = {*encoder.tokenizer.all_special_ids, *encoder.tokenizer.added_tokens_decoder}
-    plain = torch.tensor([i for i in range(min(len(encoder.tokenizer), model.config.vocab_size)) if i not in special])
-    first = plain[torch.randint(len(plain), (count, 1))].to(model.device)
+    first = torch.full((count, 1), _opening(encoder.tokenizer), device=model.device)
     texts = []
     with progress_bar() as bar:
         task = bar.add_task("the model writes texts", total=count, note="")
@@ -118,6 +116,20 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: list[str], tokens: 
         eos_token_id=tokenizer.eos_token_id,
     )
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stood before each text when the model was trained, as far as its tokenizer tells.
+
+    It is the one that the tokenizer puts there, or the <|endoftext|> that divided texts; a chat model's own BOS and EOS
+    would open a conversation.
+    """
+    first = tokenizer("a")["input_ids"][0]
+    if first in tokenizer.all_special_ids:
+        return first
+    vocabulary = tokenizer.get_vocab()
+    known = (vocabulary.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)
 
 
 def _pad(encoder: Encoder) -> int:
