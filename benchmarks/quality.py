@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 import compresso
-from compresso import checkpoint, progress, whole_files
+from compresso import checkpoint, progress, tuning, whole_files
 from compresso.batches import Encoder, batches
 from compresso.chat import prompt_for
 from compresso.config import PruneConfig, read_yaml
@@ -191,10 +191,9 @@ class Lab:
             "seed": cell.seed,
         }
         config |= {"output": str(folder), "overwrite": True, **settings}
-        defaults = PruneConfig()
-        prompt, distill = config.get("prompt", defaults.prompt), config.get("distill", defaults.distill)
-        tokens = self.tokens_a_step(prompt)
-        teacher = 2 * self.parameters * tokens if distill else 0
+        settled = tuning.settled(PruneConfig(**config), config.get("tune", "full"))
+        tokens = self.tokens_a_step(settled.prompt)
+        teacher = 2 * self.parameters * tokens if settled.distill else 0
         if cell.method == "l0":
             a_step = 6 * self.parameters * tokens + teacher
             config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))

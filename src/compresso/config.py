@@ -115,8 +115,9 @@ class PruneConfig:
     """Records per optimizer step and process."""
     accumulation: int = 1
     """Parts that a batch is split into to save memory."""
-    distill: float = 0.0
-    """Share of the distance to the dense model's predictions in the loss, in [0, 1]."""
+    distill: float | None = None
+    """Share of the distance to the dense model's predictions in the loss, in [0, 1]; by default 0.5 where all weights
+    learn, which takes the memory of the dense model, and 0 with LoRA."""
     tune: Literal["auto", "lora", "full"] = "auto"
     """What learns in pruning and recovery: LoRA adapters, or all weights of the decoder layers, which is better and
     takes 14 bytes of memory for each. auto: all weights of models up to 1 B parameters, LoRA for larger ones."""
@@ -213,7 +214,7 @@ class PruneConfig:
         at_least = {
             **dict.fromkeys(("round_to", "batch_size", "accumulation", "lora_rank", "validation_records"), 1),
             **dict.fromkeys(("perplexity_windows", "self_records", "steps", "calibration_records", "checkpoints"), 1),
-            **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed", "distill", "own_texts"), 0),
+            **dict.fromkeys(("recover_steps", "lora_only", "hold", "lora_dropout", "seed", "own_texts"), 0),
             "checkpoint_seconds": 0,
             "max_length": 16,
         }
@@ -229,7 +230,7 @@ class PruneConfig:
             )
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        if self.distill > 1:
+        if self.distill is not None and not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
         if self.accumulation > self.batch_size:
             raise ValueError(

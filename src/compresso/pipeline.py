@@ -162,11 +162,11 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
         if begins:
             base = folder / "model"
     bench = prepare(of_run, source=base, progress=now, begins=begins)  # its held-out records stay held out
-    bench.config = config
     if "data" in now.settings:
         bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
+    bench.config = tuning.settled(config, bench.tune)
     bench.facts["checkpoints"] = summary.get("checkpoints", {"written": 0, "seconds": 0.0})
     bench.facts["vocabulary"] = summary.get("vocabulary")
     if begins and bench.writes:

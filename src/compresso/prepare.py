@@ -107,8 +107,9 @@ def prepare(
         progress.write(folder)
     if config.tracker != "none":
         accelerator.init_trackers("compresso")
+    tune = tuning.chosen(config, parameters, place is None)
     return Workbench(
-        config,
+        tuning.settled(config, tune),
         folder,
         accelerator,
         model,
@@ -120,7 +121,7 @@ def prepare(
         windows,
         parameters,
         count_prunable(model),
-        tuning.chosen(config, parameters, place is None),
+        tune,
         facts,
         progress,
         began,

@@ -4,6 +4,7 @@ Small models learn far better with all their weights, and can afford it: float32
 bytes for each (LOG.md, 2026-11-25). Embedding, head and final norm stay as they are.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from peft import PeftModel
@@ -15,6 +16,7 @@ from compresso.families import family_of
 
 Tune = Literal["lora", "full"]
 LARGEST = 1_000_000_000  # parameters of a model whose weights all learn by default
+DISTILL = {"lora": 0.0, "full": 0.5}  # LOG.md, 2026-11-26
 LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 2e-4}  # LOG.md, 2026-11-25
 
 
@@ -37,6 +39,11 @@ def start(model: PreTrainedModel, tune: str, config: PruneConfig, seed: int) -> 
     model.requires_grad_(False)
     model.get_submodule(family_of(model.config.model_type).layers).requires_grad_(True)
     return model
+
+
+def settled(config: PruneConfig, tune: str) -> PruneConfig:
+    """The settings with what depends on what learns, where it was left open."""
+    return config if config.distill is not None else replace(config, distill=DISTILL[tune])
 
 
 def learning_rate(config: PruneConfig, tune: str) -> float:
