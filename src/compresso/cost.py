@@ -47,11 +47,16 @@ def measure_costs(
             "precision": str(model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
             "memory_bytes": _weights_in_memory(model),
-            **{key: spread([found[key] for found in rounds[name]]) for key in rounds[name][0]},
+            **{key: spread([found[key] for found in rounds[name]]) for key in _told(rounds[name])},
             "kv_bytes_per_token": round(rounds[name][0]["kv_bytes_per_token"]),
         }
         for name, model in models.items()
     }
+
+
+def _told(rounds: list[dict[str, float]]) -> list[str]:
+    """What every round could measure; a peak of memory may be out of reach in one of them."""
+    return [key for key in rounds[0] if all(key in found for found in rounds)]
 
 
 def _round(model: PreTrainedModel, batch: int, length: int, new_tokens: int) -> dict[str, float]:
