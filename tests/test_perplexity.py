@@ -1,5 +1,6 @@
 """Perplexity by hand, windows, and the cost of a model."""
 
+import itertools
 import math
 
 import pytest
@@ -79,3 +80,11 @@ def test_cost_of_a_model_and_a_smaller_one():
 def test_a_context_beyond_the_models_positions_is_shortened():
     model = tiny_model("llama", max_position_embeddings=40)
     assert measure_costs({"m": model}, context=256, new_tokens=8, repeats=1)["m"]["context"] == 32
+
+
+def test_a_peak_that_one_round_cannot_measure_is_left_out(monkeypatch):
+    answers = itertools.cycle([True, True, False])
+    monkeypatch.setattr("compresso.cost._reset_peak", lambda: next(answers))
+    found = measure_costs({"m": tiny_model("llama")}, context=8, new_tokens=2, repeats=2)["m"]
+    assert "peak_memory_bytes" not in found
+    assert found["decode_tokens_per_second"]["median"] > 0
