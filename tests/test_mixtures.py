@@ -242,7 +242,7 @@ def test_a_mixture_from_end_to_end(model_type, tune, shape, tokenizer, data, tmp
     assert plans.load(tmp_path / "run").sparsity == summary["sparsity"]
 
 
-@pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "taylor2", "shortgpt"])
+@pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "taylor2", "fisher", "shortgpt"])
 def test_rivals_that_score_weights_know_experts(method, tokenizer, data, tmp_path):
     tiny_model("qwen3_moe", max_position_embeddings=512).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
@@ -257,7 +257,7 @@ def test_rivals_that_measure_what_experts_do_not_show_are_refused(settings, toke
     tiny_model("qwen3_moe", max_position_embeddings=512).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     output = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"experts of a qwen3_moe do not show .* use --method l0, taylor"):
+    with pytest.raises(ValueError, match=r"experts of a qwen3_moe do not show .* use --method l0, fisher"):
         compresso.prune(**QUICK, model=str(tmp_path / "dense"), data=str(data), output=str(output), **settings)
     assert not output.exists()
 
