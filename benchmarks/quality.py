@@ -49,7 +49,7 @@ PRUNING = 0.5
 SPARSITIES = (0.2, 0.3, 0.5)
 BATCH, LENGTH = 8, 192
 COMMON = {"batch_size": BATCH, "max_length": LENGTH, "validation_records": 16, "perplexity_windows": 4}
-PLAIN = {"prompt": "none", "distill": 0.0, "tune": "lora", "learning_rate": 2e-3}
+PLAIN = {"prompt": "none", "distill": 0.0, "own_texts": 0, "tune": "lora", "learning_rate": 2e-3}
 """How rivals calibrate and recover."""
 OURS: dict[str, Any] = {"prompt": "none"}
 """Where ours is not the default: a prompt takes a fifth of the tokens, and its worth is measured by itself."""

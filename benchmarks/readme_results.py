@@ -175,7 +175,13 @@ def tricks_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"torch {found['versions']['torch']}."])
 
 
-METHOD_NAMES = {"l0": "Compresso", "wanda": "Wanda-sp", "flap": "FLAP", "taylor": "LLM-Pruner (Taylor)"}
+METHOD_NAMES = {
+    "l0": "Compresso",
+    "fisher": "Fisher information of gates",
+    "wanda": "Wanda-sp",
+    "flap": "FLAP",
+    "taylor": "LLM-Pruner (Taylor)",
+}
 RECOVERIES = {"none": "", "lora": "LoRA, next-token loss", "ours": "ours"}
 
 
