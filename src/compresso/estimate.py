@@ -180,7 +180,8 @@ def show(found: Estimate, gpus: int, gpu_memory: float | None, teraflops: float 
         )
     if gpu_memory is not None:
         need = found.peak / 1e9
-        advice = "" if "part of the layers" in found.training else "; split the weights (--sharded) or use 4bit"
+        split = "part of the layers" in found.training
+        advice = "" if split else "; split the weights (--sharded), or use 4bit, which takes no mixtures of experts"
         verdict = "it fits" if need <= gpu_memory else "it does not fit" + advice
         console.print(f"{need:,.1f} GB of {gpu_memory:g} GB at the peak: {verdict}", highlight=False)
 

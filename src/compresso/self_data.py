@@ -59,6 +59,7 @@ def write_texts(model: PreTrainedModel, encoder: Encoder, count: int, length: in
                     temperature=1.0,
                     top_k=0,
                     top_p=1.0,
+                    repetition_penalty=1.0,
                     pad_token_id=_pad(encoder),
                 )
             )
