@@ -170,3 +170,22 @@ def test_a_method_that_trains_nothing_is_checked_in_float32_too(checkpoint, data
     summary = compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)
     assert summary["logit_differences"]["gated_extracted"] < 1e-4
     compresso.load(tmp_path / "run" / "model")  # paths do as well as strings
+
+
+def test_where_all_weights_learn_the_dense_model_teaches_by_default(checkpoint, data, tmp_path):
+    quick = {
+        **QUICK,
+        "model": str(checkpoint),
+        "data": str(data),
+        "steps": 4,
+        "recover_steps": 2,
+        "target_sparsity": 0.2,
+    }
+    del quick["distill"]
+    first = {}
+    for name, extra in (("full", {}), ("full alone", {"distill": 0.0}), ("lora", {}), ("lora alone", {"distill": 0.0})):
+        output = tmp_path / name
+        compresso.prune(**quick, output=str(output), tune=name.split()[0], **extra)
+        first[name] = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])["operations"]
+    assert first["full"] / first["full alone"] == pytest.approx(4 / 3)  # one pass of the teacher to three of the model
+    assert first["lora"] == first["lora alone"]

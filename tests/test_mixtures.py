@@ -223,8 +223,7 @@ def test_a_mixture_from_end_to_end(model_type, tune, shape, tokenizer, data, tmp
         tune=tune,
         shape=shape,
         gradient_checkpointing=tune == "full",
-        distill=0.3,
-        **QUICK,
+        **{**QUICK, "distill": 0.3},
     )
     assert summary["units"] == ["kv_group", "intermediate", "expert"]
     assert summary["sparsity"] == pytest.approx(0.3, abs=0.03)

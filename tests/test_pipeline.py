@@ -158,7 +158,7 @@ def test_equal_widths_are_a_stock_class_where_that_takes_all_heads(model_type, t
     settings = {**QUICK, "model": str(tmp_path / "dense"), "data": str(data), "output": str(tmp_path / "run")}
     with pytest.raises(ValueError, match=rf"{model_type} cannot lack some of its kv_group and be a stock one"):
         compresso.prune(**settings, units="kv_group", shape="uniform")
-    summary = compresso.prune(**settings, target_sparsity=0.2, shape="uniform", tune="lora", distill=0.3)
+    summary = compresso.prune(**{**settings, "distill": 0.3}, target_sparsity=0.2, shape="uniform", tune="lora")
     assert summary["units"] == ["intermediate"]
     assert summary["max_logit_difference"] < 1e-3
     assert AutoConfig.from_pretrained(tmp_path / "run" / "model").model_type == model_type

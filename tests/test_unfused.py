@@ -76,6 +76,6 @@ def test_it_is_pruned_into_a_mistral(tokenizer, data, tmp_path):
     phi3(max_position_embeddings=512).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     settings = {**QUICK, "model": str(tmp_path / "dense"), "data": str(data), "output": str(tmp_path / "run")}
-    summary = compresso.prune(**settings, target_sparsity=0.3, shape="uniform", distill=0.3)
+    summary = compresso.prune(**{**settings, "distill": 0.3}, target_sparsity=0.3, shape="uniform")
     assert summary["max_logit_difference"] < 1e-3
     assert json.loads((tmp_path / "run/model/config.json").read_text())["model_type"] == "mistral"
