@@ -1,5 +1,6 @@
 """Where gates start, what the dense model teaches, and what a run says it took."""
 
+import json
 from functools import partial
 
 import pytest
