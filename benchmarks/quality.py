@@ -191,9 +191,9 @@ class Lab:
             "seed": cell.seed,
         }
         config |= {"output": str(folder), "overwrite": True, **settings}
-        settled = tuning.settled(PruneConfig(**config), config.get("tune", "full"))
-        tokens = self.tokens_a_step(settled.prompt)
-        teacher = 2 * self.parameters * tokens if settled.distill else 0
+        given = PruneConfig(**config)
+        tokens = self.tokens_a_step(given.prompt)
+        teacher = 2 * self.parameters * tokens if tuning.distill(given, config.get("tune", "full")) else 0
         if cell.method == "l0":
             a_step = 6 * self.parameters * tokens + teacher
             config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))

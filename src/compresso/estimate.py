@@ -85,7 +85,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     shape = describe(whole)
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
     tune = tuning.chosen(config, parameters, not config.sharded and config.precision != "4bit")
-    config = tuning.settled(replace(config, tune=tune), tune)
+    config = replace(config, tune=tune, distill=tuning.distill(config, tune))
     part = training_memory(architecture, dtype, config, prompt_tokens, cpu)
     learned = part.pop("parameters that learn")
     if cpu:

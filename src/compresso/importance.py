@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from compresso.batches import IGNORE, Batch, before_targets
+from compresso.batches import IGNORE, Batch, Example, collate
 from compresso.calibration import calibration_batches, gate_gradients
 from compresso.self_data import write_texts
 from compresso.shape import ModelShape, describe
@@ -55,9 +55,5 @@ def _own_texts(bench: Workbench) -> list[Batch]:
     length = min(LENGTH, bench.encoder.context or LENGTH)
     ids = broadcast(write_texts(model, bench.encoder, config.own_texts, length, config.seed))
     bench.spend("calibration", operations(model, ids.numel(), 4))  # written by one pass, and three to learn from
-    labels = ids.clone()
-    labels[:, 0] = IGNORE
-    return [
-        Batch(rows[:0, 0], rows, targets, rows.numel(), before_targets(targets))
-        for rows, targets in zip(ids.split(ROWS), labels.split(ROWS), strict=True)
-    ]
+    examples = [Example(row, [IGNORE, *row[1:]]) for row in ids.tolist()]
+    return [collate(examples[i : i + ROWS]).to(ids.device) for i in range(0, len(examples), ROWS)]

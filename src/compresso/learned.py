@@ -38,13 +38,13 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     found = bench.newest("prune")
     if config.warm_start and not found and {"kv_group", "intermediate", "expert"} & masks.log_alpha.keys():
         warm_start(masks, fisher(bench))
-    teacher = None
-    if config.distill and bench.tune == "full":
-        teacher = Teacher(copy.deepcopy(bench.model).requires_grad_(False), config.distill)
+    teacher, share = None, tuning.distill(config, bench.tune)
+    if share and bench.tune == "full":
+        teacher = Teacher(copy.deepcopy(bench.model).requires_grad_(False), share)
     wrapped = tuning.start(bench.model, bench.tune, config, config.seed)
     gates = Gates(inside(wrapped), shape)
-    if config.distill and isinstance(wrapped, PeftModel):
-        teacher = Teacher(inside(wrapped), config.distill, partial(dense, wrapped, gates))
+    if share and isinstance(wrapped, PeftModel):
+        teacher = Teacher(inside(wrapped), share, partial(dense, wrapped, gates))
     shrinking = None
     own_teacher = teacher is not None and teacher.model is inside(wrapped)
     rules = config.widths

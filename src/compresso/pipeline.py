@@ -162,11 +162,11 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
         if begins:
             base = folder / "model"
     bench = prepare(of_run, source=base, progress=now, begins=begins)  # its held-out records stay held out
+    bench.config = config
     if "data" in now.settings:
         bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
-    bench.config = tuning.settled(config, bench.tune)
     bench.facts["checkpoints"] = summary.get("checkpoints", {"written": 0, "seconds": 0.0})
     bench.facts["vocabulary"] = summary.get("vocabulary")
     if begins and bench.writes:
@@ -352,7 +352,8 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: 
 def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict[str, Any]) -> None:
     """Train the smaller model, or LoRA on it; score the result and save it."""
     config, folder = bench.config, bench.folder / "model"
-    teacher = Teacher(_dense(bench), config.distill) if config.distill else None
+    share = tuning.distill(config, bench.tune)
+    teacher = Teacher(_dense(bench), share) if share else None
     wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
     training = Training(inside(wrapped), config.seed + 1, sparsity=plan.sparsity)
     bench.begin("recover", training, bench.newest("recover"))

@@ -93,7 +93,7 @@ def prepare(
     facts: dict[str, Any] = {"stored_dtype": stored}
     parameters = count_parameters(model.config)
     if cuts_vocabulary:
-        encoder, facts["vocabulary"] = _cut_vocabulary(config, model, encoder, sources, prompt)
+        encoder, facts["vocabulary"] = _cut_vocabulary(config, model, encoder, sources, prompt, parameters)
         tokenizer = encoder.tokenizer
     sources, held_out = take_held_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
@@ -107,9 +107,8 @@ def prepare(
         progress.write(folder)
     if config.tracker != "none":
         accelerator.init_trackers("compresso")
-    tune = tuning.chosen(config, parameters, place is None)
     return Workbench(
-        tuning.settled(config, tune),
+        config,
         folder,
         accelerator,
         model,
@@ -121,7 +120,7 @@ def prepare(
         windows,
         parameters,
         count_prunable(model),
-        tune,
+        tuning.chosen(config, parameters, place is None),
         facts,
         progress,
         began,
@@ -429,10 +428,11 @@ def _cut_vocabulary(
     encoder: Encoder,
     sources: list[Source] | list[Stream],
     prompt: CollaborativePrompt,
+    before: int,
 ) -> tuple[Encoder, dict[str, Any]]:
-    """Leave in the model the tokens that the records use; an encoder with these, and the facts for the summary."""
+    """Leave in the model, of so many parameters, the tokens that the records use; an encoder with these, and the facts
+    for the summary."""
     tokenizer = encoder.tokenizer
-    before = count_parameters(model.config)
     records = itertools.chain.from_iterable(source.records for source in sources if isinstance(source, Source))
     filled = prompt.filled(sparsity=0.0, target_sparsity=config.target_sparsity, parameters=before)
     with status("looking for the tokens that records use"):

@@ -4,7 +4,6 @@ Small models learn far better with all their weights, and can afford it: float32
 bytes for each (LOG.md, 2026-11-25). Embedding, head and final norm stay as they are.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 from peft import PeftModel
@@ -41,9 +40,8 @@ def start(model: PreTrainedModel, tune: str, config: PruneConfig, seed: int) -> 
     return model
 
 
-def settled(config: PruneConfig, tune: str) -> PruneConfig:
-    """The settings with what depends on what learns, where it was left open."""
-    return config if config.distill is not None else replace(config, distill=DISTILL[tune])
+def distill(config: PruneConfig, tune: str) -> float:
+    return DISTILL[tune] if config.distill is None else config.distill
 
 
 def learning_rate(config: PruneConfig, tune: str) -> float:
