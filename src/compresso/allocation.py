@@ -41,7 +41,7 @@ def uniform(
         kept = _whole(shape.hidden_size * left**0.5, shape.hidden_size, round_to)
         gates["hidden"] = best(scores["hidden"], kept)
         left *= shape.hidden_size / kept
-    parts: dict[str, list[Tensor]] = {u: [] for u in ("kv_group", "intermediate", "expert") if u in gates}
+    parts: dict[str, list[Tensor]] = {unit: [] for unit in shape.inner_units}
     before = {unit: gates[unit].split(shape.sizes(unit)) for unit in parts}
     of = {unit: scores[unit].split(shape.sizes(unit)) for unit in parts if unit in scores}
     for i, layer in enumerate(shape.layers):
@@ -117,7 +117,7 @@ def _contradiction(shape: ModelShape, open_probability: dict[str, Tensor], plan:
     return sum(
         shape.price(unit)[0] * float((plan.gates[unit] - p.double().cpu()).abs().sum())
         for unit, p in open_probability.items()
-        if unit in ("kv_group", "intermediate", "expert")
+        if unit in shape.inner_units
     )
 
 

@@ -265,11 +265,10 @@ def _of_a_record(model: PreTrainedModel, given: Sequence[Batch], loss: Callable[
     """One record after the other: in the experts, rows of all records are mixed."""
     shape = describe(model)
     gates = Gates(model, shape)
-    units: list[str] = [unit for unit in ("kv_group", "intermediate", "expert") if unit in shape.units]
     try:
         for batch in followed(given):
             for record in batch.unshared().rows():
-                leaves = {unit: torch.ones(sum(shape.sizes(unit)), requires_grad=True) for unit in units}
+                leaves = {unit: torch.ones(sum(shape.sizes(unit)), requires_grad=True) for unit in shape.inner_units}
                 gates.set(leaves)
                 loss(record).backward()
                 yield {unit: leaf.grad[None] for unit, leaf in leaves.items() if leaf.grad is not None}

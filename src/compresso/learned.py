@@ -36,7 +36,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     schedule = make_schedule(config.steps, config.lora_only, config.hold, config.target_sparsity, config.schedule)
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.gates})
     found = bench.newest("prune")
-    if config.warm_start and not found and {"kv_group", "intermediate", "expert"} & masks.log_alpha.keys():
+    if config.warm_start and not found and {*shape.inner_units} & masks.log_alpha.keys():
         warm_start(masks, fisher(bench))
     teacher, share = None, tuning.distill(config, bench.tune)
     if share and bench.tune == "full":

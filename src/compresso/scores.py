@@ -29,8 +29,7 @@ def random(bench: Workbench) -> Scores:
     """No knowledge: what any method must beat."""
     generator = torch.Generator().manual_seed(bench.config.seed)
     shape = describe(bench.model)
-    units = [unit for unit in ("kv_group", "intermediate", "expert") if unit in shape.units]
-    return {unit: torch.rand(sum(shape.sizes(unit)), generator=generator) for unit in units}
+    return {unit: torch.rand(sum(shape.sizes(unit)), generator=generator) for unit in shape.inner_units}
 
 
 def magnitude(bench: Workbench) -> Scores:
@@ -124,7 +123,7 @@ def _over_unit(model: PreTrainedModel, of_weight: Callable[[str, Tensor], Tensor
     """Sum of `of_weight` over all weights of each unit: rows of the matrices before it, columns of the one after, all
     of both for an expert."""
     family, shape = family_of(model.config.model_type), describe(model)
-    parts: dict[str, list[Tensor]] = {u: [] for u in ("kv_group", "intermediate", "expert") if u in shape.units}
+    parts: dict[str, list[Tensor]] = {unit: [] for unit in shape.inner_units}
     for unit, own in parts.items():
         for i, count in enumerate(shape.sizes(unit)):
             total = torch.zeros(count)

@@ -79,6 +79,11 @@ class ModelShape:
         """The kinds of units that it has."""
         return tuple(u for u in UNITS if u != "expert" or self.layers[0].num_experts is not None)
 
+    @property
+    def inner_units(self) -> tuple[str, ...]:
+        """Those of them that a sub-layer consists of."""
+        return tuple(u for u in ("kv_group", "intermediate", "expert") if u in self.units)
+
     def rows(self, layer: LayerShape) -> int:
         """Rows of the prunable matrices of a layer: for each hidden channel so many parameters."""
         return layer.attention_rows + layer.channels * self.mlp_matrices
