@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --target $(VENV)/oldest 'transformers==5.16.0'
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $(VENV)/oldest 'transformers==5.16.0'
 	touch $@
 
 lint: setup

@@ -1,5 +1,6 @@
 """What `estimate` counts without weights is what a step with weights makes, tensor by tensor."""
 
+import json
 import shutil
 import weakref
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import compresso
 from compresso import describe, extract, tuning
 from compresso.adapters import add_lora, inside
 from compresso.batches import Batch, before_targets
@@ -16,8 +18,9 @@ from compresso.estimate import _Live, _with_layers, estimate, step_memory
 from compresso.families import FAMILIES
 from compresso.masks import Gates
 from compresso.train import target_loss
+from documents import WORDS
 from test_extract import gates_of
-from tiny import tiny_model
+from tiny import QUICK, tiny_model
 
 CONFIG = PruneConfig(batch_size=3, max_length=40, tune="lora")
 
@@ -67,7 +70,7 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     found = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", tune="lora"))
     assert of_all.learned == sum(p.numel() for p in tiny_model("llama", vocab_size=300).model.layers.parameters())
     assert of_all.training["optimizer"] == 2 * of_all.training["float32 copies"] == 8 * of_all.learned
-    assert of_all.operations == 1.5 * found.operations
+    assert of_all.operations - of_all.calibration == 1.5 * (found.operations - found.calibration)
     model = tiny_model("llama", vocab_size=300)
     assert found.learned == sum(p.numel() for p in add_lora(model, CONFIG, 0).parameters() if p.requires_grad)
     assert found.steps == 15
@@ -118,3 +121,17 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps():
         kept = [storage for there in saved.values() if (storage := there()) is not None]  # the logits' graph has gone
         assert live.now == pytest.approx(sum(storage.nbytes() for storage in kept), rel=0.1)
     loss.backward()
+
+
+@pytest.mark.parametrize("method", ["l0", "fisher", "wanda", "minitron", "flap", "taylor2", "magnitude"])
+def test_the_look_at_records_is_counted_as_the_run_charges_it(method, checkpoint, tmp_path):
+    """With records that fill their length, the account and the estimate agree."""
+    long = [{"instruction": f"{word} " * 20, "output": "dog " * 60} for word in WORDS]  # rows share no beginning
+    (tmp_path / "long.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in long * 8))
+    settings = {**QUICK, "method": method, "calibration_records": 16, "prompt": "none", "steps": 4, "recover_steps": 0}
+    settings |= {"own_texts": 4} if method == "l0" else {}
+    settings |= {"model": str(checkpoint), "data": str(tmp_path / "long.jsonl"), "output": str(tmp_path / "run")}
+    found = estimate(PruneConfig(**settings))
+    summary = compresso.prune(**settings)
+    assert found.calibration == pytest.approx(summary["operations"].get("calibration", 0), rel=0.05)
+    assert found.steps == (4 if method == "l0" else 0)

@@ -6,7 +6,7 @@ Every process of a launch looks at the same records, so that all of them come to
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -47,20 +47,21 @@ class Moments:
         return (self.squares / self.tokens - self.mean.square()).clamp(min=0)
 
 
-def calibration_batches(bench: Workbench, backward: bool = False) -> list[Batch]:
+def calibration_batches(bench: Workbench, backward: bool = False, alone: bool = False) -> list[Batch]:
     """The first records of the run's data, `calibration_records` of them, with the prompt of a dense model.
 
-    The run's account is charged with a pass over them, or with a backward one too.
+    `alone`: without the prompt, and with nothing that rows share. The run's account is charged with a pass over them,
+    or with a backward one too.
     """
     config = bench.config
     rows = min(AT_ONCE, -(-config.batch_size // config.accumulation))
     there = [len(source.records) for source in bench.sources if isinstance(source, Source)]
     count = min([config.calibration_records, *([sum(there)] if there else [])])
     groups = similar_lengths(mixed(bench.sources, config.seed), AT_ONCE, 4, config.seed)
-    prompt = bench.prompt_at(0.0)
+    prompt = replace(bench.prompt, name="none", body="") if alone else bench.prompt_at(0.0)
     taken = itertools.islice(groups, -(-count // AT_ONCE))
     parts = [part for group in taken for part in batches(group, bench.encoder, prompt, -(-AT_ONCE // rows))]
-    given = [part.to(bench.accelerator.device) for part in parts]
+    given = [(part.unshared() if alone else part).to(bench.accelerator.device) for part in parts]
     tokens = sum(batch.computed for batch in given)
     bench.spend("calibration", operations(bench.model, tokens, 3 if backward else 1))
     return given

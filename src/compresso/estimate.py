@@ -24,9 +24,11 @@ from transformers import PreTrainedConfig
 from compresso import checkpoint, tuning
 from compresso.adapters import inside, learning
 from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
+from compresso.calibration import AT_ONCE
 from compresso.config import PruneConfig
 from compresso.cpu_attention import products
 from compresso.families import family_of
+from compresso.importance import LENGTH as OWN_LENGTH
 from compresso.learned import dense
 from compresso.masks import Gates
 from compresso.mixtures import idle
@@ -40,6 +42,8 @@ CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
 LASTING = ("adapters", "float32 copies", "optimizer")  # parts of a step's memory
 GAPS = 0.34  # of a step's memory on a CPU: measured for two shapes, checked on a third (LOG.md, 2026-11-25)
+PASSES = {"wanda": 1, "flap": 1, "shortgpt": 1, "minitron": 2, "taylor": 3, "taylor2": 3}
+"""Over the records of calibration; a backward one counts as two."""
 BITS = 4.127  # of an NF4 number with its scales (QLoRA, arXiv 2305.14314, section 3)
 
 
@@ -62,9 +66,11 @@ class Estimate:
     """Bytes while the cut model is compared with the gated one, by part; in float32 where both are whole."""
     steps: int
     tokens: int
-    """Through the model in the whole run and all processes; the shared prompt once a step and process."""
+    """Through the model in all steps and processes; the shared prompt once a step and process."""
+    calibration: float
+    """Floating-point operations of the look at records and own texts that scores, or the gates' start, come from."""
     operations: float
-    """Floating-point operations for them: forward, backward (to all weights or the adapters), the teacher's pass."""
+    """Of that and of the steps: forward, backward (to all weights or the adapters), the teacher's pass."""
 
     @property
     def peak(self) -> int:
@@ -90,7 +96,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     learned = part.pop("parameters that learn")
     if cpu:
         part["gaps between blocks"] = gaps(part)
-    steps = config.steps + config.recover_steps
+    steps = (config.steps if config.method == "l0" else 0) + config.recover_steps
     shared = prompt_tokens * (1 if _shares(config, prompt_tokens) else _rows(config))
     tokens = steps * processes * (config.batch_size * config.max_length + config.accumulation * shared)
     layers = whole.get_submodule(family_of(architecture.model_type).layers)
@@ -99,6 +105,8 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     if config.distill and tune == "full":
         weights["dense model, to learn from"] = weights["weights"]
     passes = 2 + (tune == "full") + config.gradient_checkpointing + bool(config.distill)
+    used = 2.0 * (parameters - idle(whole))
+    calibration = used * processes * calibration_tokens(config, prompt_tokens)
     recovering = {}
     if config.recover_steps:
         smaller = training_memory(_narrower(architecture, shape, config), dtype, config, prompt_tokens, cpu)
@@ -117,8 +125,21 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         kept,
         steps,
         tokens,
-        2.0 * passes * (parameters - idle(whole)) * tokens,
+        calibration,
+        calibration + used * passes * tokens,
     )
+
+
+def calibration_tokens(config: PruneConfig, prompt_tokens: int) -> int:
+    """Tokens before anything is cut, each counted for every pass that it takes; all records at their full length."""
+    if config.method == "l0" and not config.warm_start:
+        return 0
+    records, together = config.calibration_records, min(AT_ONCE, _rows(config))
+    if config.method in ("l0", "fisher"):
+        own = 0 if config.sharded else config.own_texts
+        return 3 * records * config.max_length + 4 * own * OWN_LENGTH
+    passes = PASSES.get(config.method, 0) + config.refit
+    return passes * (records * config.max_length + -(-records // together) * prompt_tokens)
 
 
 def gaps(parts: dict[str, int]) -> int:
@@ -171,7 +192,9 @@ def show(found: Estimate, gpus: int, gpu_memory: float | None, teraflops: float 
             table.add_row(f"  {name}", f"{size / 1e9:,.2f}")
     console.print(table)
     console.print(
-        f"{found.steps:,} steps, {found.tokens / 1e6:,.1f} M tokens, {found.operations:.2e} operations", highlight=False
+        f"{found.steps:,} steps, {found.tokens / 1e6:,.1f} M tokens, {found.operations:.2e} operations, "
+        f"{found.calibration:.1e} of them to find out what matters",
+        highlight=False,
     )
     if teraflops is not None:
         hours = found.operations / (teraflops * 1e12 * gpus) / 3600

@@ -24,11 +24,12 @@ def fisher(bench: Workbench) -> dict[str, Tensor]:
     """Fisher information of the gates of groups, channels and experts, for each parameter that goes with one.
 
     Flat tensors by kind of unit, layer after layer: the mean square over records of the loss's gradient (Kwon et al.
-    2022, arXiv 2204.09656, section 4.1). With `own_texts` the geometric mean of that and the same of texts that the
-    model writes; not for a model in parts, which writes none.
+    2022, arXiv 2204.09656, section 4.1). The collaborative prompt is left out, which every record would take through
+    the model anew. With `own_texts` the geometric mean of that and the same of texts that the model writes; not for a
+    model in parts, which writes none.
     """
     config, shape = bench.config, describe(bench.model)
-    found = _of(bench, shape, calibration_batches(bench, backward=True))
+    found = _of(bench, shape, calibration_batches(bench, backward=True, alone=True))
     if not config.own_texts or bench.place:
         return found
     own = _of(bench, shape, _own_texts(bench))
