@@ -75,7 +75,7 @@ def measure(architecture: LlamaConfig) -> dict[str, int]:
     memory = MemoryPeak(torch.device("cpu"))
     optimizer = torch.optim.AdamW(trained)
     for _ in range(STEPS):
-        gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.units})
+        gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.gates})
         with products(model, cpu=True):
             (target_loss(model, batch) / batch.targets).backward()
         optimizer.step()

@@ -32,7 +32,7 @@ def main() -> None:
         bench = prepare(config)
     model = inside(add_lora(bench.model, config, 0))
     shape = describe(model)
-    masks = Masks(shape, {unit: initial_log_alpha(unit, 0.2) for unit in config.units})
+    masks = Masks(shape, {unit: initial_log_alpha(unit, 0.2) for unit in config.gates})
     gates, noise = Gates(model, shape), torch.Generator().manual_seed(0)
     lagrangian = Lagrangian(make_schedule(1000, 0.0, 0.3, 0.2, "linear"), masks)
     lora = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -61,7 +61,7 @@ def main() -> None:
             ratios.append(seconds[True] / seconds[False])
             print(f"LoRA {seconds[False]:.2f} s, with gates {seconds[True]:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
     result = {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "repeats": repeats}
-    result |= {"units": list(config.units), "batch_size": config.batch_size, "torch": torch.__version__}
+    result |= {"units": list(config.gates), "batch_size": config.batch_size, "torch": torch.__version__}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(result)

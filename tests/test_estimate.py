@@ -33,7 +33,7 @@ def counted(model, prompt, tune):
     ids = torch.arange(120).view(3, 40)
     batch = Batch(torch.arange(prompt), ids, ids, 120, before_targets(ids))
     with _Live(wrapped) as live:
-        gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.units})
+        gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.gates})
         target_loss(wrapped, batch).backward()
     return live.peak
 

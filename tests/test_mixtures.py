@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compresso
-from compresso import Plan, describe, extract, gguf_file
+from compresso import Plan, PruneConfig, describe, extract, gguf_file
 from compresso import plan as plans
 from compresso.allocation import equally_wide, uniform
 from compresso.calibration import gate_gradients
@@ -17,6 +17,7 @@ from compresso.families import FAMILIES
 from compresso.masks import Gates, gated
 from compresso.mixtures import idle, sort_channels
 from compresso.plan import largest_sparsity, select
+from compresso.prepare import with_units
 from compresso.shape import LayerShape, ModelShape, count_prunable, prunable_parameters
 from compresso.streamed import extract_files
 from compresso.widths import Widths
@@ -239,6 +240,13 @@ def test_a_mixture_from_end_to_end(model_type, tune, shape, tokenizer, data, tmp
     again = compresso.recover(str(tmp_path / "run"), recover_steps=2)
     assert again["loss"]["cut"] == summary["loss"]["cut"]
     assert plans.load(tmp_path / "run").sparsity == summary["sparsity"]
+
+
+def test_units_that_are_asked_for_are_not_added_to():
+    asked = with_units(PruneConfig(units="kv_group,intermediate"), "mixtral")
+    assert asked.units == ("kv_group", "intermediate")
+    assert with_units(PruneConfig(), "mixtral").units == ("kv_group", "intermediate", "expert")
+    assert with_units(PruneConfig(method="minitron"), "llama").units == ("kv_group", "intermediate", "hidden")
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "taylor2", "fisher", "shortgpt"])

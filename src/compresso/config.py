@@ -167,13 +167,13 @@ class PruneConfig:
             if not isinstance(parts, (list, tuple)):
                 raise ValueError(f"{name} must be a list, got {value!r}")
             object.__setattr__(self, name, tuple(str(part).strip() for part in parts))
+        if not any(self.units):
+            object.__setattr__(self, "units", ())
         object.__setattr__(self, "also", _numbers("also", self.also))
         self._check_types()
         for name, preset in zip(("steps", "recover_steps"), PRESETS[self.preset], strict=True):
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, preset)
-        if not any(self.units):
-            object.__setattr__(self, "units", UNITS[:3] if self.method == "minitron" else UNITS[:2])
         rules = self.widths  # raises for an unknown shape
         if rules.uniform and self.method in ("shortgpt", "flap"):
             raise ValueError(f"--method {self.method} chooses by whole layers or one threshold; it knows no --shape")
@@ -240,8 +240,9 @@ class PruneConfig:
 
     @property
     def gates(self) -> tuple[str, ...]:
-        """The units that gates or scores decide on: all but vocab."""
-        return tuple(unit for unit in self.units if unit != VOCABULARY)
+        """The units that gates or scores decide on: all but vocab. Without any given, the method's own."""
+        units = self.units or (UNITS[:3] if self.method == "minitron" else UNITS[:2])
+        return tuple(unit for unit in units if unit != VOCABULARY)
 
     @property
     def widths(self) -> Widths:

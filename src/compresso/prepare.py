@@ -25,7 +25,7 @@ from compresso.adapters import linear_names
 from compresso.batches import Encoder
 from compresso.calibration import check_inputs
 from compresso.config import VOCABULARY, PruneConfig, nearest
-from compresso.families import UNITS, family_of
+from compresso.families import family_of
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
@@ -304,7 +304,8 @@ def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     """The settings without units that this family cannot lack, or its stock class where the shape is to be one that
     it takes; raises ValueError if they were asked for. For a mixture with what its experts ask for."""
     family = family_of(model_type)
-    default = config.gates in (UNITS[:2], UNITS[:3])
+    default = not config.units
+    config = replace(config, units=config.units or config.gates)
     if family.router:
         units = (*config.units, "expert") if default else config.units
         config = replace(config, units=units, round_to=math.lcm(config.round_to, family.multiple))
