@@ -193,7 +193,8 @@ class Lab:
         config |= {"output": str(folder), "overwrite": True, **settings}
         given = PruneConfig(**config)
         tokens = self.tokens_a_step(given.prompt)
-        teacher = 2 * self.parameters * tokens if tuning.distill(given, config.get("tune", "full")) else 0
+        share = tuning.distill(given, config.get("tune", "full"))
+        teacher = 2 * self.parameters * tokens if share else 0
         if cell.method == "l0":
             a_step = 6 * self.parameters * tokens + teacher
             config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))
@@ -207,6 +208,7 @@ class Lab:
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
         figures = self.measure_folder(folder / "model", summary)
+        settings = {**settings, "own_texts": given.own_texts, "distill": share}
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
         release_memory()
 
