@@ -14,7 +14,7 @@ from compresso.adapters import add_lora, inside
 from compresso.batches import Batch, before_targets
 from compresso.cli import main
 from compresso.config import PruneConfig
-from compresso.estimate import _Live, _with_layers, estimate, step_memory
+from compresso.estimate import _Live, _with_layers, estimate, step_memory, training_memory
 from compresso.families import FAMILIES
 from compresso.masks import Gates
 from compresso.train import target_loss
@@ -135,3 +135,11 @@ def test_the_look_at_records_is_counted_as_the_run_charges_it(method, checkpoint
     summary = compresso.prune(**settings)
     assert found.calibration == pytest.approx(summary["operations"].get("calibration", 0), rel=0.05)
     assert found.steps == (4 if method == "l0" else 0)
+
+
+@pytest.mark.parametrize("layers", [2, 5, 40])
+def test_no_part_of_the_memory_is_less_than_nothing(layers):
+    """Where all weights learn, the peak of many layers comes before their gradients are all there."""
+    architecture = tiny_model("llama", num_hidden_layers=layers, vocab_size=300).config
+    found = training_memory(architecture, torch.bfloat16, replace(CONFIG, tune="full"), 0)
+    assert min(found.values()) >= 0

@@ -230,7 +230,11 @@ def training_memory(
 ) -> dict[str, int]:
     """`step_memory` of the whole model, from that of two and of three of its layers."""
     few, more = (step_memory(_with_layers(architecture, n), dtype, config, prompt_tokens, cpu) for n in (2, 3))
-    return {name: few[name] + (architecture.num_hidden_layers - 2) * (more[name] - few[name]) for name in few}
+    found = {name: few[name] + (architecture.num_hidden_layers - 2) * (more[name] - few[name]) for name in few}
+    missing = min(0, found["logits and backward"])  # gradients that are not there yet at the peak
+    found["gradients"] += missing
+    found["logits and backward"] -= missing
+    return found
 
 
 def _rows(config: PruneConfig) -> int:
