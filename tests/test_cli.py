@@ -1,6 +1,7 @@
 """What users type wrong: the exit code, the message, and that nothing is left behind."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -226,6 +227,18 @@ def test_recover_and_chat_need_a_run(capsys, tmp_path):
     assert "no checkpoint folder" in capsys.readouterr().err
 
 
+def test_help_writes_settings_as_paragraphs_and_lists_as_they_are_typed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("--units A,B,... ") for line in lines)
+    assert any(line.startswith("--data STR ") for line in lines)
+    at = next(i for i, line in enumerate(lines) if line.startswith("--refit"))
+    assert len(lines[at]) > 70
+    assert len(lines[at + 1]) > 60
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -242,13 +255,16 @@ def test_recover_and_chat_need_a_run(capsys, tmp_path):
         ["doctor"],
     ],
 )
-def test_help_shows_examples(capsys, command):
+def test_help_shows_examples_and_explains_every_flag(capsys, command):
     if command:
         with pytest.raises(SystemExit):
             main([*command, "--help"])
     else:
         assert main(["--help"]) == 0
-    assert f"compresso {command[0] if command else 'prune'} " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"compresso {command[0] if command else 'prune'} " in said
+    joined = " ".join(word for word in said.split() if word != "│")
+    assert not re.search(r"[^.)] \((default:|required)", joined), "a flag is not explained"
 
 
 def test_the_installed_command_stops_cleanly_on_ctrl_c(checkpoint, data, tmp_path):

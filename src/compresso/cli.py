@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from compresso.config import EvaluateConfig, PruneConfig, nearest, read_yaml
+from compresso.flags import flags_of
 from compresso.stopping import INTERRUPTED, TERMINATED, Stopped, Terminated, raise_on_sigterm
 
 OVERVIEW = """\
@@ -113,23 +114,14 @@ Examine this machine and, if it is named, a run folder: what is good, what is wr
 Of the machine: packages, devices, memory, disks, speed, the hub. Of a run: every file, read; what can be
 continued, and the command that does it. The exit code is 1 if something is wrong. No network is needed."""
 
-Run = Annotated[str, tyro.conf.Positional]
+Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
-Models = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help="what to measure")]
-
-
-class _Flags(PruneConfig):
-    """The settings before they are checked, so that the parser does not print our messages in its own way."""
-
-    def __post_init__(self):
-        pass
-
-
-class _EvaluateFlags(EvaluateConfig):
-    """The same for evaluate."""
-
-    def __post_init__(self):
-        pass
+OneOrNone = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+Models = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...", help="What to measure.")]
 
 
 def _prune(args: list[str]) -> None:
@@ -149,12 +141,13 @@ def _prune(args: list[str]) -> None:
         settings = read_yaml(path)
     args, printing = _take(args, "--print-config", False)
     listed = _listed(args, ("--also", "--units", "--lora-targets"))
+    flags = flags_of(PruneConfig)
     try:
-        default = _Flags(**vars(PruneConfig(**settings)))
+        default = flags(**vars(PruneConfig(**settings)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    flags = tyro.cli(_Flags, args=listed, default=default, prog="compresso prune", description=PRUNE)
-    config = PruneConfig(**vars(flags))
+    given = tyro.cli(flags, args=listed, default=default, prog="compresso prune", description=PRUNE)
+    config = PruneConfig(**vars(given))
     if printing is not None:
         sys.stdout.write(config.to_yaml())
         return
@@ -169,13 +162,14 @@ def _recover(args: list[str]) -> None:
         run: Run,
         /,
         further: bool = False,
-        recover_steps: int | None = None,
-        learning_rate: float | None = None,
-        batch_size: int | None = None,
-        data: str | None = None,
-        seed: int | None = None,
+        recover_steps: Count = None,
+        learning_rate: Number = None,
+        batch_size: Count = None,
+        data: Text = None,
+        seed: Count = None,
     ) -> tuple[str, bool, dict]:
-        """
+        """Of the command line.
+
         Args:
             run: Run folder of `compresso prune`.
             further: Go on from the last recovery instead of repeating it.
@@ -203,9 +197,10 @@ def _recover(args: list[str]) -> None:
 
 def _chat(args: list[str]) -> None:
     def settings(
-        model: Run, /, message: str | None = None, prompt: str | None = None, max_new_tokens: int = 256
+        model: Model, /, message: Text = None, prompt: Text = None, max_new_tokens: int = 256
     ) -> tuple[str, str | None, str | None, int]:
-        """
+        """Of the command line.
+
         Args:
             model: Run folder, checkpoint folder, .gguf file or hub id.
             message: One question; without it, a prompt opens.
@@ -222,11 +217,13 @@ def _chat(args: list[str]) -> None:
 
 
 def _evaluate(args: list[str]) -> None:
-    def settings(models: Models, /, config: Annotated[_EvaluateFlags, tyro.conf.arg(name="")]) -> Any:
+    flags: Any = flags_of(EvaluateConfig)
+
+    def settings(models: Models, /, config: Annotated[flags, tyro.conf.arg(name="")]) -> Any:
         return models, config
 
-    models, flags = tyro.cli(settings, args=args, prog="compresso evaluate", description=EVALUATE)
-    config = EvaluateConfig(**vars(flags))
+    models, given = tyro.cli(settings, args=args, prog="compresso evaluate", description=EVALUATE)
+    config = EvaluateConfig(**vars(given))
     from compresso.evaluation import evaluate
 
     evaluate(models, config)
@@ -234,9 +231,10 @@ def _evaluate(args: list[str]) -> None:
 
 def _compare(args: list[str]) -> None:
     def settings(
-        first: Run, second: Run, /, message: list[str], prompt: str | None = None, max_new_tokens: int = 128
+        first: Model, second: Model, /, message: list[str], prompt: Text = None, max_new_tokens: int = 128
     ) -> tuple[str, str, list[str], str | None, int]:
-        """
+        """Of the command line.
+
         Args:
             first: Run folder, checkpoint folder, .gguf file or hub id.
             second: Another one.
@@ -253,8 +251,9 @@ def _compare(args: list[str]) -> None:
 
 
 def _report(args: list[str]) -> None:
-    def settings(runs: Runs, /, output: str | None = None) -> tuple[list[str], str | None]:
-        """
+    def settings(runs: Runs, /, output: Text = None) -> tuple[list[str], str | None]:
+        """Of the command line.
+
         Args:
             runs: Run folders.
             output: Page to write; report.html in the first run folder unless given.
@@ -270,8 +269,9 @@ def _report(args: list[str]) -> None:
 
 
 def _extract(args: list[str]) -> None:
-    def settings(model: Run, run: Run, /, output: str) -> tuple[str, str, str]:
-        """
+    def settings(model: Model, run: Run, /, output: str) -> tuple[str, str, str]:
+        """Of the command line.
+
         Args:
             model: Checkpoint folder with safetensors, or hub id.
             run: Run folder of `compresso prune`, or another one that holds plan.json and plan.safetensors.
@@ -291,9 +291,10 @@ def _extract(args: list[str]) -> None:
 
 def _export(args: list[str]) -> None:
     def settings(
-        run: Run, /, to: str | None = None, output: str | None = None, type: str = "f16", check: bool = False
+        run: Model, /, to: Text = None, output: Text = None, type: str = "f16", check: bool = False
     ) -> tuple[str, str | None, str | None, str, bool]:
-        """
+        """Of the command line.
+
         Args:
             run: Run folder, checkpoint folder, .gguf file or hub id.
             to: Form: stock, padded, hf, nemotron-nas, gguf or onnx.
@@ -318,14 +319,15 @@ def _export(args: list[str]) -> None:
 
 def _estimate(args: list[str]) -> None:
     def settings(
-        config: str | None = None,
-        model: str | None = None,
+        config: Text = None,
+        model: Text = None,
         gpus: int = 1,
-        gpu_memory: float | None = None,
-        teraflops: float | None = None,
+        gpu_memory: Number = None,
+        teraflops: Number = None,
         sharded: bool | None = None,
     ) -> tuple[str | None, str | None, int, float | None, float | None, bool | None]:
-        """
+        """Of the command line.
+
         Args:
             config: Settings as `prune` reads them.
             model: Checkpoint folder, .gguf file or hub id, instead of that of the settings.
@@ -360,8 +362,11 @@ def _no_gpu(config: PruneConfig) -> bool:
 
 
 def _doctor(args: list[str]) -> int:
-    def settings(run: Annotated[str | None, tyro.conf.Positional] = None, /) -> str | None:
-        """
+    def settings(
+        run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None, /
+    ) -> str | None:
+        """Of the command line.
+
         Args:
             run: Run folder of `compresso prune`, or a checkpoint folder.
         """

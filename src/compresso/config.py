@@ -55,7 +55,7 @@ class PruneConfig:
     method: Literal[
         "l0", "random", "magnitude", "wanda", "flap", "taylor", "taylor2", "fisher", "minitron", "shortgpt"
     ] = "l0"
-    """How units are chosen. l0: hard concrete gates trained with LoRA (the paper's method). The others score units
+    """How units are chosen. l0: hard concrete gates trained with the model (the paper's method). The others score units
     once, without training, as others do: docs/methods.md tells how."""
     allocation: Literal["auto", "local", "global"] = "auto"
     """Where a score decides: the same share of every layer (local), one threshold for all (global), or as the method
