@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import compresso
-from compresso import checkpoint, whole_files
+from compresso import checkpoint, progress, whole_files
 from compresso.batches import Encoder, batches
 from compresso.paired import difference, together
 from compresso.perplexity import mean_loss
@@ -53,8 +53,11 @@ def record_losses(model: Any, encoder: Encoder, records: list, prompt_name: str,
 
 
 def learn(train: Path, run: Path, prompt: str, steps: int) -> None:
-    """Prune and recover with this prompt, unless it is done."""
-    if not (run / "summary.json").exists():
+    """Prune and recover with this prompt, or go on with it, unless it is done."""
+    if (run / "progress.json").exists():
+        if not progress.read(run).done:
+            compresso.resume(str(run))
+    else:
         compresso.prune(
             model="demo",
             data=str(train),

@@ -138,7 +138,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
             )
     of_run = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
     if not replace(of_run, **settings).recover_steps:
-        raise ValueError("--recover-steps is 0: there is nothing to do")
+        raise ValueError("--recover-steps is 0: there is nothing to do; say how many (--recover-steps 600)")
     now = Progress(doing="recover", settings=settings, further=further)
     with alone_in(folder):
         return _to_the_end(_ready_to_recover(of_run, now, begins=True), _recover_again)
