@@ -24,6 +24,7 @@ from faults import differences
 
 RESULT = Path(__file__).parent / "results" / "stopping.json"
 SETTINGS = ["--steps", "16", "--recover-steps", "8", "--hold", "0.5", "--validation-records", "8"]
+SETTINGS += ["--calibration-records", "32", "--own-texts", "16"]  # what comes before the steps, shorter
 SIGNALS = {3: signal.SIGTERM, 8: signal.SIGKILL, 13: signal.SIGTERM, 19: signal.SIGKILL}
 """What ends the run once metrics.jsonl has so many rows."""
 
