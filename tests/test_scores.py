@@ -126,16 +126,15 @@ def test_taylor_equals_autograd(bench):
         torch.testing.assert_close(found["kv_group"][2 * i : 2 * i + 2], sum(rows).detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_fisher_is_the_mean_square_of_each_records_gradient(bench):
+def test_fisher_is_the_mean_square_of_each_records_gradient_without_the_prompt(bench):
     bench.config = replace(bench.config, own_texts=0)
     found = fisher(bench)["intermediate"]
-    given, shape = calibration_batches(bench), describe(bench.model)
-    records = [
-        torch.where(whole.labels[i] != IGNORE, whole.ids[i], IGNORE)
-        for whole in (batch.unshared() for batch in given)
-        for i in range(len(whole.ids))
-    ]
-    rows = [whole.ids[i] for whole in (batch.unshared() for batch in given) for i in range(len(whole.ids))]
+    given, shape = calibration_batches(bench, alone=True), describe(bench.model)
+    rows = [ids for batch in given for ids in batch.ids]
+    records = [labels for batch in given for labels in batch.labels]
+    assert len(rows) == 16, "eleven records, in groups of eight"
+    assert not any("undergoing" in bench.tokenizer.decode(ids) for ids in rows)
+    assert all("undergoing" in bench.tokenizer.decode(b.unshared().ids[0]) for b in calibration_batches(bench))
     mean_targets = sum(int((labels != IGNORE).sum()) for labels in records) / len(records)
     squares = torch.zeros(sum(shape.sizes("intermediate")))
     for ids, labels in zip(rows, records, strict=True):
