@@ -1,6 +1,6 @@
 """What equal widths cost: layers free, equally wide while gates learn, and made equal afterwards.
 
-python benchmarks/widths.py --data records.jsonl --data-dir my-data --steps 80
+python benchmarks/widths.py --data records.jsonl --data-dir my-data
 
 SmolLM2-135M-Instruct, as many parameters and as many operations in each row, right after cutting, as
 benchmarks/quality.py measures. It resumes.
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="records, a .jsonl file")
     parser.add_argument("--data-dir", type=Path, required=True, help="texts, as for compresso evaluate")
     parser.add_argument("--work", type=Path, default=Path("runs/widths"))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
