@@ -187,6 +187,7 @@ def test_paths_stay_in_the_settings(page, runs):
         ("summary.json", None, "has no summary.json"),
         ("summary.json", "{", "summary.json is damaged"),
         ("summary.json", "{}", "has no 'sparsity'"),
+        ("summary.json", lambda found: {**found, "perplexity_window": float("inf")}, "expected: whole number"),
         ("metrics.jsonl", '{"loss": "high"}', "line 1"),
         ("eval.json", '{"schema": "other"}', "eval.json"),
         ("plan.safetensors", "xx", "plan.safetensors"),
@@ -197,6 +198,8 @@ def test_a_damaged_file_is_named(runs, tmp_path, capsys, file, content, said):
     folder = shutil.copytree(runs / "small", tmp_path / "run", ignore=shutil.ignore_patterns("model", "cut"))
     if content is None:
         (folder / file).unlink()
+    elif callable(content):
+        (folder / file).write_text(json.dumps(content(json.loads((folder / file).read_text()))))
     else:
         (folder / file).write_text(content)
     before = (folder / "report.html").read_bytes()

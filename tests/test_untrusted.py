@@ -177,6 +177,13 @@ def test_a_tokenizer_that_makes_gigabytes_of_a_word(refused, model, part, settin
     refused("expected at most 64 and 100,000", *chat(model))
 
 
+def test_a_tokenizer_that_makes_its_library_panic(refused, model):
+    """Rust's panics reach Python as no Exception."""
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]
+    change(model / "tokenizer.json", model={**vocabulary, "continuing_subword_prefix": "{{ 7 * 7 }}"})
+    refused("the tokenizer of", *chat(model))
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -296,7 +296,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.decode(tokenizer("A try.")["input_ids"])
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
         raise ValueError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
     return tokenizer
 

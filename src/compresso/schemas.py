@@ -7,9 +7,10 @@ SCHEMA = "compresso-eval/1"
 MOST_MODELS, MOST_FIGURES = 50, 1000  # beyond them no table can be read, and pictures take hours
 LARGEST = 2**63  # of a whole number
 SPREADS = "prefill_tokens_per_second|decode_tokens_per_second|first_token_seconds?|peak_memory_bytes?"
-KINDS: dict[str, Any] = {"number": (int, float), "text": str, "object": dict, "list": list}
+KINDS: dict[str, Any] = {"number": (int, float), "whole number": int, "text": str, "object": dict, "list": list}
 SUMMARY = {
-    "sparsity|target_sparsity|perplexity_window|seconds?": "number",
+    "sparsity|target_sparsity|seconds?": "number",
+    "perplexity_window": "whole number",
     "parameters|prunable_parameters|hidden_size.before|after": "number",
     "vocabulary?.tokens|parameters.before|after": "number",
     "bytes.before|after?": "number",
