@@ -15,7 +15,7 @@ from unittest import mock
 from quality import COMMON, OURS, Lab
 
 import compresso
-from compresso import whole_files
+from compresso import progress, whole_files
 from compresso.masks import Masks
 from compresso.prepare import versions
 
@@ -50,9 +50,12 @@ def _measure(lab: Lab, given: argparse.Namespace, row: str, seed: int) -> dict[s
     settings = {**COMMON, **OURS, "model": "demo", "data": str(lab.train), "output": str(folder), "overwrite": True}
     settings |= {"shape": row.split()[0], "steps": given.steps, "recover_steps": 0, "seed": seed}
     leave = mock.patch.object(Masks, "level", return_value=None) if "afterwards" in row else mock.patch.dict({})
-    with leave:
-        summary = compresso.prune(**settings, target_sparsity=given.sparsity)
-    figures = lab.measure_folder(folder / "model", summary["seconds"])
+    if (folder / "progress.json").exists() and progress.read(folder).done:
+        summary = json.loads((folder / "summary.json").read_text())
+    else:
+        with leave:
+            summary = compresso.prune(**settings, target_sparsity=given.sparsity)
+    figures = lab.measure_folder(folder / "model", summary)
     return {"parameters": figures["parameters"], "prunable_sparsity": summary["sparsity"]} | {
         name: figures[name] for name in ("instruction_loss", "wikitext2_ppl", "c4_ppl")
     }
