@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 DEMO, EVALUATION = RESULTS / "demo.json", RESULTS / "evaluation.json"
 PAGES = {
-    "README.md": ("demo", "evaluation", "quality", "cost"),
+    "README.md": ("demo", "evaluation", "quality", "prompt", "cost"),
     "docs/large-models.md": ("processes", "growth", "tricks"),
     "docs/deploy.md": ("compatibility", "runtimes"),
 }
@@ -78,7 +78,7 @@ def spread(values: dict[str, float], digits: int = 2, unit: float = 1) -> str:
 def cost_table(found: dict[str, Any]) -> str:
     """A step of ours against one of plain LoRA fine-tuning."""
     lines = ["| | LoRA fine-tuning | pruning | ratio |", "|---|---|---|---|"]
-    for prompt, name in (("long", "with the default prompt"), ("none", "without a prompt")):
+    for prompt, name in (("long", "with the long prompt"), ("none", "without a prompt")):
         plain, ours = found[prompt]["plain"], found[prompt]["ours"]
         ratio, memory = (
             found["ratio_time_prompt" if prompt == "long" else "ratio_time_no_prompt"],
@@ -245,6 +245,30 @@ def compatibility_table() -> str:
     return "\n".join(lines)
 
 
+def prompt_table(found: dict[str, Any]) -> str:
+    """Every prompt in training against every prompt in use, from prompt.json."""
+
+    def apart(name: str, cell: dict[str, Any], digits: int, unit: float) -> str:
+        d = cell[f"{name}_difference"]
+        if cell["in_training"] == cell["in_use"] == "none":
+            return ""
+        return " [{:+.{d}f}, {:+.{d}f}]".format(unit * d["low"], unit * d["high"], d=digits)
+
+    lines = ["| in training | in use | loss of an answer | two tasks, % |", "|---|---|---|---|"]
+    for cell in found["cells"]:
+        loss = f"{cell['loss']:.3f}{apart('loss', cell, 3, 1)}"
+        suite = f"{100 * cell['suite']:.1f}{apart('suite', cell, 1, 100)}"
+        lines.append(f"| {cell['in_training']} | {cell['in_use']} | {loss} | {suite} |")
+    given = found["settings"]
+    text = (
+        f"SmolLM2-135M-Instruct, {100 * given['target_sparsity']:.0f} % removed, {given['steps']} steps of pruning and "
+        f"{given['recover_steps']} of recovery each, seed 0; 128 held-out records, {found['documents']} documents of "
+        f"{given['suite'].replace(',', ' and ')}. In brackets the 95 % interval of the paired difference from none in "
+        f"both; torch {found['versions']['torch']}."
+    )
+    return "\n".join([*lines, "", text])
+
+
 def runtimes_table(found: dict[str, Any]) -> str:
     """Dense and pruned in llama.cpp, from runtimes.json."""
     kinds = list(dict.fromkeys(row["type"] for row in found["rows"]))
@@ -270,7 +294,7 @@ def runtimes_table(found: dict[str, Any]) -> str:
         "",
         f"Dense → pruned ({sizes} parameters), files in turn, medians (smallest to largest) of {found['rounds']} "
         f"rounds, {found['threads']} threads, a prompt of 256 tokens and 64 after it; perplexity on "
-        f"{exact[0]['perplexity_tokens']} tokens of Wikipedia in windows of 128, right after cutting. In f32 it is "
+        f"{exact[0]['perplexity_tokens']} tokens of Wikipedia in windows of 128. In f32 it is "
         f"within {100 * apart:.2f} % of transformers'.",
     ]
     return "\n".join(lines)
@@ -287,6 +311,7 @@ def sections() -> dict[str, str]:
         "processes": ("processes", processes_table),
         "tricks": ("tricks", tricks_table),
         "runtimes": ("runtimes", runtimes_table),
+        "prompt": ("prompt", prompt_table),
     }
     parts = {"compatibility": compatibility_table()}
     for part, (name, table) in tables.items():

@@ -34,7 +34,7 @@ PATCHES: dict[str, dict[str, object]] = {
     "no shrinking": {"compresso.train.EVERY": 10**9},
     "shrinking by a bound of 0.5": {"compresso.shrink.RARELY_OPEN": 0.5},
 }
-RECORDS = {"max_length": 96, "batch_size": 4, "warm_start": False, "tune": "lora"}
+RECORDS = {"prompt": "long", "max_length": 96, "batch_size": 4, "warm_start": False, "tune": "lora"}
 RUNS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "short": ({**RECORDS, "steps": 24, "target_sparsity": 0.2}, tuple(PATCHES)[:5]),
     "long": ({**RECORDS, "steps": 80, "target_sparsity": 0.5}, ("as it is", *tuple(PATCHES)[3:])),

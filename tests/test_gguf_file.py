@@ -110,7 +110,10 @@ def test_numbers_are_as_near_as_their_format_allows(kind, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("width", "kind", "expected"),
     [
-        (1126, "f16", 1126),
+        (1126, "f16", 1152),
+        (1126, "f32", 1152),
+        (1024, "bf16", 1024),
+        (40, "f32", 40),
         (1126, "q8_0", 1152),
         (1126, "q4_k_m", 1152),
         (11000, "q4_k_m", 11008),
@@ -118,7 +121,7 @@ def test_numbers_are_as_near_as_their_format_allows(kind, tokenizer, tmp_path):
         (33, "q8_0", 33),
     ],
 )
-def test_ffn_widths_are_filled_up_where_that_takes_less_room(width, kind, expected):
+def test_ffn_widths_are_filled_up_where_that_takes_less_room_or_time(width, kind, expected):
     assert fitting(width, 576, MIXES[kind]) == expected
 
 

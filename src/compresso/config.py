@@ -91,9 +91,10 @@ class PruneConfig:
     self_records: int = 256
     """How many records `--data self` lets the model write."""
 
-    prompt: str = "long"
-    """Collaborative prompt: long, long-past, middle, short, none, or a text file of your own, which may
-    contain {sparsity}, {target_sparsity} and {parameters}."""
+    prompt: str = "none"
+    """Collaborative prompt, which tells the model that it is being pruned: the paper's long, long-past, middle or
+    short, or a text file of your own, which may contain {sparsity}, {target_sparsity} and {parameters}. None unless
+    asked for: it gained nothing where it was measured (README)."""
     prompt_format: Literal["auto", "chat", "alpaca"] = "auto"
     """Placement: system turn of the model's chat template, or the paper's Alpaca templates.
     auto: chat where the tokenizer has a template."""

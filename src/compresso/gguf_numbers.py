@@ -16,7 +16,7 @@ from gguf import LlamaFileType
 
 from compresso.config import nearest
 
-K_BLOCK = 256  # columns that a K-quant takes together
+BLOCK, K_BLOCK = 32, 256  # columns that q8_0 and a K-quant take together
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def number_of(name: str, size: tuple[int, ...], mix: Mix, layers: int, tied: boo
 def fitting(width: int, hidden_size: int, mix: Mix) -> int:
     """The FFN width, with zero channels added, whose three matrices take the least room.
 
-    A row that is no multiple of a format's block is stored in a larger format, or in half precision.
+    A row that is no multiple of a format's block is stored in a larger format, or in half precision. Formats without
+    blocks get a multiple of 32 as well where that adds a sixteenth at most: llama.cpp takes what is left over of a row
+    number by number, a third of the prompt's speed (LOG.md, 2026-11-26).
     """
 
     def bits(columns: int) -> float:
@@ -75,7 +77,10 @@ def fitting(width: int, hidden_size: int, mix: Mix) -> int:
     def room(padded: int) -> float:
         return padded * (bits(padded) + 2 * bits(hidden_size))
 
-    return min((-(-width // grain) * grain for grain in (1, 32, K_BLOCK)), key=room)
+    filled = {grain: -(-width // grain) * grain for grain in (1, BLOCK, K_BLOCK)}
+    if gguf.GGML_QUANT_SIZES[mix.number][0] == 1:
+        return filled[BLOCK] if 16 * (filled[BLOCK] - width) <= width else width
+    return min(filled.values(), key=room)
 
 
 def encode(array: np.ndarray, number: Number) -> np.ndarray:
