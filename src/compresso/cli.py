@@ -362,9 +362,7 @@ def _no_gpu(config: PruneConfig) -> bool:
 
 
 def _doctor(args: list[str]) -> int:
-    def settings(
-        run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None, /
-    ) -> str | None:
+    def settings(run: OneOrNone = None, /) -> str | None:
         """Of the command line.
 
         Args:
