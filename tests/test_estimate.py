@@ -143,3 +143,12 @@ def test_no_part_of_the_memory_is_less_than_nothing(layers):
     architecture = tiny_model("llama", num_hidden_layers=layers, vocab_size=300).config
     found = training_memory(architecture, torch.bfloat16, replace(CONFIG, tune="full"), 0)
     assert min(found.values()) >= 0
+
+
+@pytest.mark.parametrize(("natively", "size"), [({"avx512_bf16": True}, 2), ({"avx2": True}, 4)])
+def test_on_a_cpu_without_half_precision_weights_take_four_bytes(natively, size, checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: natively, raising=False)
+    config = PruneConfig(model=str(checkpoint), steps=1, recover_steps=0)
+    found = estimate(config, cpu=True)
+    assert found.training["weights"] == size * found.parameters
+    assert estimate(config).training["weights"] == 2 * found.parameters

@@ -272,10 +272,10 @@ def _load_gguf(
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
     _refuse_incomplete(str(path), info)
+    tokenizer = _working(str(path), lambda: AutoTokenizer.from_pretrained(where, gguf_file=name))
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
     settings = {key: value for key, value in raw.config.to_dict().items() if key not in dropped}
     settings["rms_norm_eps"] = float(f"{raw.config.rms_norm_eps:.6g}")  # GGUF keeps it in float32
@@ -293,8 +293,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id. Raises ValueError if its files are none, OSError if there are none."""
     folder = Path(model) if Path(model).is_dir() else _snapshot(model)
     untrusted.check_texts(folder)
+    return _working(model, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+
+
+def _working(model: str, load: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model`, tried on a text. Raises ValueError if that fails."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load()
         tokenizer.decode(tokenizer("A try.")["input_ids"])
     except (KeyboardInterrupt, SystemExit):
         raise

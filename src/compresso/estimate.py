@@ -37,6 +37,7 @@ from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import shapes_of
 from compresso.train import Teacher, mixed_loss, recomputed
+from compresso.workbench import compute_dtype
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
@@ -78,7 +79,9 @@ class Estimate:
 
 
 def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Estimate:
-    """What `compresso prune` with these settings needs; on a CPU, with what its allocator keeps between blocks.
+    """What `compresso prune` with these settings needs.
+
+    On a CPU, with what its allocator keeps between blocks, and in the numbers that this one multiplies natively.
 
     Raises as `checkpoint.find` if there is no such model, and ValueError if one process is to hold a part of it.
     """
@@ -87,6 +90,8 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     architecture, prompt_tokens = _look(config)
     config = with_units(config, architecture.model_type)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    if cpu:
+        dtype = compute_dtype(config.precision, torch.device("cpu"))
     whole = shapes_of(architecture, dtype)
     shape = describe(whole)
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
