@@ -106,7 +106,8 @@ def ours(bench: Workbench, removed: float | None = None) -> Block:
         hold = config.hold if removed is None else 0.999
         schedule = make_schedule(1000, 0.0, hold, config.target_sparsity, config.schedule)
         shrinking = None if removed is None else Shrinking(model, gates, masks, config.target_sparsity, 1)
-        groups = similar_lengths(iter(records), config.batch_size, steps, config.seed)  # as `compresso prune` does
+        lengths = bench.encoder.lengths
+        groups = similar_lengths(iter(records), config.batch_size, steps, config.seed, lengths)  # as in `prune`
         pruning = Pruning(masks, gates, Lagrangian(schedule, masks), 0.05, shrinking)
         rows = fit(
             bench.accelerator,

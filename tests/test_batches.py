@@ -53,6 +53,19 @@ def test_a_tokenizer_without_the_usual_is_no_obstacle(tokenizer, missing):
     assert batch.targets > 0
 
 
+def test_records_are_as_long_as_they_are_in_tokens(tokenizer):
+    """A word of the vocabulary is a token, a rare character is several: characters would mislead."""
+    known, rare = "the quick brown fox", "\u2047\u00e9"
+    records = [parse({"instruction": "say it", "output": text * n}) for text in (known, rare) for n in (1, 4, 16, 64)]
+    records += [parse({"text": text * n}) for text in (known, rare) for n in (2, 8)]
+    encoder, prompt = Encoder(tokenizer, 100), find_prompt("none", "chat")
+    lengths = encoder.lengths(records)
+    rendered = [len(encoder.encode(record, prompt).ids) for record in records]
+    assert max(lengths) == max(rendered) == 100
+    assert len({r - n for r, n in zip(rendered[:8], lengths, strict=False) if r < 100}) == 1  # what the template adds
+    assert rendered[8:] == lengths[8:]
+
+
 @FORMATS
 @pytest.mark.parametrize("limit", [16, 20, 40, 200])
 def test_truncation_keeps_some_of_the_response_and_the_whole_prompt(tokenizer, form, limit):

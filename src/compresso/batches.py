@@ -100,6 +100,14 @@ class Encoder:
             )
         return self.max_length if self.context is None else min(self.max_length, self.context - length)
 
+    def lengths(self, records: list[Record]) -> list[int]:
+        """Tokens of each record's own words, up to `max_length`: enough to tell which records are similarly long."""
+        texts = [record.text or "\n".join(turn["content"] for turn in record.messages) for record in records]
+        if not texts:
+            return []
+        tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [min(len(ids), self.max_length) for ids in tokens]
+
     def encode(self, record: Record, prompt: CollaborativePrompt) -> Example:
         """Tokens of one record after the prompt, cut to `room`; the response keeps at least a token."""
         prefix, response = self.split_text(record, prompt)

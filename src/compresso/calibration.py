@@ -57,7 +57,7 @@ def calibration_batches(bench: Workbench, backward: bool = False, alone: bool = 
     rows = min(AT_ONCE, -(-config.batch_size // config.accumulation))
     there = [len(source.records) for source in bench.sources if isinstance(source, Source)]
     count = min([config.calibration_records, *([sum(there)] if there else [])])
-    groups = similar_lengths(mixed(bench.sources, config.seed), AT_ONCE, 4, config.seed)
+    groups = similar_lengths(mixed(bench.sources, config.seed), AT_ONCE, 4, config.seed, bench.encoder.lengths)
     prompt = replace(bench.prompt, name="none", body="") if alone else bench.prompt_at(0.0)
     taken = itertools.islice(groups, -(-count // AT_ONCE))
     parts = [part for group in taken for part in batches(group, bench.encoder, prompt, -(-AT_ONCE // rows))]

@@ -8,7 +8,7 @@ import glob
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,6 @@ class Record:
     @property
     def response(self) -> str:
         return self.messages[-1]["content"] if self.messages else self.text
-
-    def length(self) -> int:
-        """Characters, as a cheap stand-in for tokens."""
-        return len(self.text) + sum(len(turn["content"]) for turn in self.messages)
 
     @staticmethod
     def instruct(instruction: str, input: str, output: str) -> "Record":
@@ -287,11 +283,17 @@ def hold_out(sources: list[Source], count: int, seed: int) -> tuple[list[Source]
     return rest, validation or [record for source in sources for record in source.records]
 
 
-def similar_lengths(records: Iterator[Record], size: int, pool: int, seed: int) -> Iterator[list[Record]]:
-    """Groups of `size` records of similar length, so that padding is small: `pool` groups at a time, shuffled."""
+def similar_lengths(
+    records: Iterator[Record], size: int, pool: int, seed: int, lengths: Callable[[list[Record]], list[int]]
+) -> Iterator[list[Record]]:
+    """Groups of `size` records of similar length, so that padding is small: `pool` groups at a time, shuffled.
+
+    `lengths` measures the records of a pool.
+    """
     rng = random.Random(seed)
     while True:
-        together = sorted(itertools.islice(records, size * pool), key=Record.length)
-        groups = [together[i : i + size] for i in range(0, len(together), size)]
+        together = [*itertools.islice(records, size * pool)]
+        order = [i for _, i in sorted(zip(lengths(together), itertools.count(), strict=False))]
+        groups = [[together[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
         rng.shuffle(groups)
         yield from groups

@@ -37,7 +37,7 @@ from compresso.training import Training
 console = Console()
 METRICS = "metrics.jsonl"
 RELEASE_EVERY = 8  # steps
-POOL = 16  # batches that are sorted by length together
+POOL = 32  # batches that are sorted by length together (LOG.md, 2026-11-26)
 SAVING = 0.02  # share of the time that checkpoints may take
 
 
@@ -93,7 +93,8 @@ class Workbench:
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = self.config.batch_size * processes
-        groups = itertools.islice(similar_lengths(mixed(self.sources, seed), size, POOL, seed), start, None)
+        groups = similar_lengths(mixed(self.sources, seed), size, POOL, seed, self.encoder.lengths)
+        groups = itertools.islice(groups, start, None)
 
         def next_batches(sparsity: float) -> list[Batch]:
             prompt = self.prompt_at(sparsity)
