@@ -35,7 +35,7 @@ def test_adapters_give_pefts_values_and_gradients(token_ids, model_type, dtype):
         logits.float().square().mean().backward()
         gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
         results.append((logits.detach(), gradients))
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1  # processors add halves up in their own ways
     for name, gradient in results[0][1].items():
         assert gradient.dtype == results[1][1][name].dtype == torch.float32
         error = (results[1][1][name] - gradient).norm() / gradient.norm()

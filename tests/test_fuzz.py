@@ -20,7 +20,7 @@ def test_what_is_not_changed_is_taken(tmp_path, monkeypatch):
 
 def test_damaged_files_are_taken_or_refused_and_nothing_else(tmp_path):
     result = fuzz.fuzz(300, 0, tmp_path / "kept", tmp_path / "base", leave_out=("pictures",))
-    assert not result.failed
+    assert result.failed == {}
     assert sum(result.taken.values()) > 50
     assert sum(result.refused.values()) > 100
 
@@ -46,13 +46,13 @@ def test_what_fails_is_found_kept_and_repeated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fuzz.Kinds, "read", broken)
     monkeypatch.setattr(fuzz, "SHARES", {"yaml": 80, "jsonl": 20})
-    monkeypatch.setattr(fuzz, "SECONDS", 4)
+    monkeypatch.setattr(fuzz, "SECONDS", 10)
     result = fuzz.fuzz(5, 3, tmp_path / "kept", tmp_path / "base")
     told = list(result.failed.values())
     assert [words.strip().splitlines()[-1] for words in told] == [
         "KeyError: 'x'",
         "crashed with status 6",
-        "took more than 4 s",
+        "took more than 10 s",
         "took 1.3 GB",
     ]
     assert result.taken["jsonl"] == 1
