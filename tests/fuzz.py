@@ -326,6 +326,7 @@ def attempt(kinds: Kinds, kind: str, number: int, seed: int) -> str:
 def child(kinds: Kinds, inputs: list[tuple[str, int]], seed: int, out: int) -> None:
     """Try one after the other, and tell the parent, who watches the clock."""
     warnings.simplefilter("ignore")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch's pools do not always outlive a fork, and fail in new threads
     there = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (there + 3 * BYTES, there + 3 * BYTES))
     silent = os.open(os.devnull, os.O_WRONLY)
