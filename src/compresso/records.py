@@ -293,7 +293,7 @@ def similar_lengths(
     rng = random.Random(seed)
     while True:
         together = [*itertools.islice(records, size * pool)]
-        order = [i for _, i in sorted(zip(lengths(together), itertools.count(), strict=False))]
+        order = sorted(range(len(together)), key=lengths(together).__getitem__)
         groups = [[together[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
         rng.shuffle(groups)
         yield from groups
