@@ -31,7 +31,7 @@ from compresso.shrink import EVERY
 from compresso.stopping import uninterrupted
 from compresso.training import Training
 
-LOGITS_AT_ONCE = 2**24  # entries of float32 logits that exist at a time: 64 MiB
+LOGITS_AT_ONCE = 2**23  # entries of float32 logits that exist at a time: 32 MiB
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 EXPLODED = 3.0  # times the loss at first, or that of a model that guesses, whichever is larger
 
@@ -73,7 +73,8 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Float32 logits of what the head gets, scaled and capped as the config says (Granite, Gemma 2)."""
     config = model.config
     logits = model.get_submodule(family_of(config.model_type).head)(hidden).float()
-    logits = logits / getattr(config, "logits_scaling", 1.0)
+    scaling = getattr(config, "logits_scaling", 1.0)
+    logits = logits if scaling == 1.0 else logits / scaling  # a pass over the largest tensor of a step
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -103,9 +104,9 @@ def target_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 def mixed_loss(model: PreTrainedModel, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
     """Sums over the labelled tokens of a batch, in float32: what is minimised, and the next-token loss alone.
 
-    With a teacher the first is (1 - weight) times the next-token loss plus weight times the Kullback-Leibler divergence
-    from the teacher's distribution (Hinton et al. 2015, arXiv 1503.02531). Logits are computed only where there is a
-    label, in chunks.
+    With a teacher the first is (1 - weight) times the next-token loss plus weight times the cross entropy with the
+    teacher's distribution (Hinton et al. 2015, arXiv 1503.02531): its gradient is that of the Kullback-Leibler
+    divergence, and one softmax serves both. Logits are computed only where there is a label, in chunks.
     """
     aims = [batch.labels.flatten().index_select(0, batch.places + 1)]
     if teacher is not None:
@@ -113,13 +114,13 @@ def mixed_loss(model: PreTrainedModel, batch: Batch, teacher: Teacher | None) ->
     hidden = hidden_before_targets(model, batch)
 
     def loss_of(part: Tensor, label: Tensor, of_teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits = logits_of(model, part)
-        loss = functional.cross_entropy(logits, label, reduction="sum")
+        log_p = functional.log_softmax(logits_of(model, part), -1)
+        loss = functional.nll_loss(log_p, label, reduction="sum")
         if teacher is None or of_teacher is None:
             return loss, loss.detach()
-        aim = functional.log_softmax(teacher.logits(of_teacher), -1)
-        distance = functional.kl_div(functional.log_softmax(logits, -1), aim, reduction="sum", log_target=True)
-        return (1 - teacher.weight) * loss + teacher.weight * distance, loss.detach()
+        aim = functional.softmax(teacher.logits(of_teacher), -1).mul_(teacher.weight)
+        aim.scatter_add_(-1, label[:, None], torch.full_like(aim[:, :1], 1 - teacher.weight))
+        return -torch.dot(aim.flatten(), log_p.flatten()), loss.detach()
 
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if torch.is_grad_enabled() and hidden.requires_grad:
