@@ -3,6 +3,7 @@
 python benchmarks/quality.py --budget small --data records.jsonl --data-dir my-data
 python benchmarks/quality.py --recovery none ...       # only the plans, minutes a cell
 python benchmarks/quality.py --cells "l0 ours" "wanda local lora" ...       # these alone, also beside another process
+python benchmarks/quality.py --suites ...              # tasks of the recovered models that lie in --work
 
 SmolLM2-135M-Instruct is cut to 20, 30 and 50 % fewer parameters in its layers by every method. Without recovery each
 cell is its plan alone. With recovery a cell may spend a budget of floating-point operations: two for each parameter and
@@ -44,8 +45,8 @@ BUDGETS = {"tiny": 1e14, "small": 3e14, "medium": 1.35e15}
 """Operations: about 7, 20 and 90 minutes of training on two cores of the machine that the results are from."""
 SPENT = 0.95
 """Share of its budget that a cell must have used to stand; steps are planned from the mean length of records."""
-PRUNING = 0.5
-"""Share of a budget that learned gates may take; recovery takes the rest."""
+PRUNING = 0.25
+"""Share of a budget that learned gates may take; recovery takes the rest (LOG.md, 2026-11-27)."""
 SPARSITIES = (0.2, 0.3, 0.5)
 BATCH, LENGTH = 8, 192
 COMMON = {"batch_size": BATCH, "max_length": LENGTH, "validation_records": 16, "perplexity_windows": 4}
@@ -153,7 +154,8 @@ class Lab:
 
     def suites(self, sparsity: float) -> None:
         """Tasks of the recovered models, document by document against ours of the first seed."""
-        cells = [c for c in self.result["cells"] if c["sparsity"] == sparsity and c["recovery"] != "none"]
+        wanted = {"sparsity": sparsity, "budget": self.given.budget}
+        cells = [c for c in self.result["cells"] if wanted.items() <= c.items() and self.folder(c).exists()]
         ours = [c for c in cells if c["method"] == "l0" and c["seed"] == 0]
         if not ours:
             return
@@ -199,7 +201,7 @@ class Lab:
             a_step = 6 * self.parameters * tokens + teacher
             config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))
         print(f"{cell.key}: {BUDGETS.get(cell.budget, 0):.1e} operations", flush=True)
-        config |= {"method": cell.method, "recover_steps": 0}
+        config |= {"method": cell.method.split()[0], "recover_steps": 0}
         doing = _doing(folder, config)
         summary = compresso.resume(str(folder)) if doing else compresso.prune(**config)
         if cell.recovery != "none" and doing != "recover":
@@ -231,24 +233,31 @@ def main() -> None:
     parser.add_argument("--recovery", choices=("none", "all"), default="all")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--cells", nargs="+", help="METHOD [ALLOCATION] RECOVERY, the budget's first seeds")
+    parser.add_argument("--suites", action="store_true", help="only tasks of the recovered models in --work")
     parser.add_argument("--seeds", type=int, default=3, help="for ours and the best rival")
     parser.add_argument("--suite-limit", type=int, default=100, help="documents a task")
     given = parser.parse_args()
     lab = Lab(given)
+    if given.suites:
+        for sparsity in given.sparsities:
+            lab.suites(sparsity)
+        show(lab.result)
+        return
     if given.cells:
         for sparsity, words in itertools.product(given.sparsities, given.cells):
             name, *allocation, recovery = words.split()
             settings = {"allocation": allocation[0]} if allocation else {}
-            _learn(lab, Cell(name, sparsity, recovery, given.budget, 0), settings)
+            if recovery == "none":
+                _plan(lab, sparsity, name, allocation[0] if allocation else "auto")
+            else:
+                _learn(lab, Cell(name, sparsity, recovery, given.budget, 0), settings)
         show(lab.result)
         return
     rivals = [name for name in METHODS if name != "l0"]
     for sparsity in given.sparsities:
         for name in rivals:
             for allocation in ("local", "global") if name not in ("random", "shortgpt") else ("auto",):
-                cell = Cell(f"{name} {allocation}".removesuffix(" auto"), sparsity, "none", "none", 0)
-                if not lab.find(cell):
-                    _plan(lab, cell, name, allocation)
+                _plan(lab, sparsity, name, allocation)
     if given.recovery == "all":
         for sparsity in given.sparsities:
             _recovered(lab, given, sparsity, rivals)
@@ -256,10 +265,11 @@ def main() -> None:
     show(lab.result)
 
 
-def _plan(lab: Lab, cell: Cell, name: str, allocation: str) -> None:
-    lab.run(Cell(name, cell.sparsity, "none", "none", 0), {**PLAIN, "allocation": allocation})
-    lab.result["cells"][-1]["method"] = cell.method
-    lab.write()
+def _plan(lab: Lab, sparsity: float, name: str, allocation: str) -> None:
+    """A method's plan alone, each allocation a cell of its own."""
+    cell = Cell(f"{name} {allocation}".removesuffix(" auto"), sparsity, "none", "none", 0)
+    if not lab.find(cell):
+        lab.run(cell, {**PLAIN, "allocation": allocation})
 
 
 def _recovered(lab: Lab, given: argparse.Namespace, sparsity: float, rivals: list[str]) -> None:
