@@ -31,6 +31,7 @@ from compresso import checkpoint, progress, tuning, whole_files
 from compresso.batches import Encoder, batches
 from compresso.chat import prompt_for
 from compresso.config import PruneConfig, read_yaml
+from compresso.few_shapes import few_widths
 from compresso.methods import METHODS
 from compresso.paired import difference, together
 from compresso.perplexity import mean_loss, perplexity, text_windows, window_nats
@@ -206,13 +207,20 @@ class Lab:
         summary = compresso.resume(str(folder)) if doing else compresso.prune(**config)
         if cell.recovery != "none" and doing != "recover":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
-            steps = max(1, int(left / (6 * summary["parameters"]["after"] * tokens + teacher)))
+            steps = max(1, int(left / (6 * _learning(folder / "cut", given.tune) * tokens + teacher)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
         figures = self.measure_folder(folder / "model", summary)
         settings = {**settings, "own_texts": given.own_texts, "distill": share}
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
         release_memory()
+
+
+def _learning(folder: Path, tune: str) -> int:
+    """Parameters of a cut model while it recovers, with the zeros that fill up its widths."""
+    model, _ = compresso.load(folder)
+    with few_widths(model, wanted=tune != "lora"):
+        return sum(p.numel() for p in model.parameters())
 
 
 def _doing(folder: Path, config: dict[str, Any]) -> str | None:

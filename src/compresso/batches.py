@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from compresso import bounded
+from compresso.few_shapes import rounded_length
 from compresso.prompts import CollaborativePrompt
 from compresso.records import Record
 
@@ -227,13 +228,17 @@ def cut(before: list[int], after: list[int], limit: int, head: int) -> tuple[lis
     return before, after
 
 
-def collate(examples: list[Example]) -> Batch:
-    """Pad to the longest row with 0, which is never attended to; what all rows begin with becomes the prefix."""
+def collate(examples: list[Example], context: int | None = None) -> Batch:
+    """Pad to the longest row with 0, which is never attended to; what all rows begin with becomes the prefix.
+
+    Rows come in few lengths (`rounded_length`), which no more than the model's `context` positions take.
+    """
     rows = list(zip(*(e.ids[: max(e.first_target - 1, 0)] for e in examples), strict=False))
     shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, rows))
     if len(examples) < 2 or shared < SHARED_PREFIX_FROM:
         shared = 0
     longest = max(len(e.ids) for e in examples) - shared
+    longest = rounded_length(longest, None if context is None else context - shared)
     ids = torch.zeros((len(examples), longest), dtype=torch.long)
     labels = torch.full((len(examples), longest), IGNORE)
     for i, e in enumerate(examples):
@@ -247,4 +252,4 @@ def batches(records: list[Record], encoder: Encoder, prompt: CollaborativePrompt
     """The records as `parts` batches of similar length each."""
     examples = sorted((encoder.encode(record, prompt) for record in records), key=lambda e: len(e.ids))
     borders = [i * len(examples) // parts for i in range(parts + 1)]
-    return [collate(examples[a:b]) for a, b in itertools.pairwise(borders) if b > a]
+    return [collate(examples[a:b], encoder.context) for a, b in itertools.pairwise(borders) if b > a]

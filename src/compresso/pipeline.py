@@ -24,6 +24,7 @@ from compresso.chat import answer
 from compresso.config import VOCABULARY, PruneConfig, nearest_path, read_yaml
 from compresso.cost import measure_costs
 from compresso.extract import extract
+from compresso.few_shapes import few_widths
 from compresso.masks import gated
 from compresso.methods import METHODS
 from compresso.one_at_a_time import alone_in
@@ -354,21 +355,23 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     config, folder = bench.config, bench.folder / "model"
     share = tuning.distill(config, bench.tune)
     teacher = Teacher(_dense(bench), share) if share else None
-    wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
-    training = Training(inside(wrapped), config.seed + 1, sparsity=plan.sparsity)
-    bench.begin("recover", training, bench.newest("recover"))
-    rows = fit(
-        bench.accelerator,
-        training,
-        bench.batches(config.seed + 1, training.step),
-        steps=config.recover_steps,
-        learning_rate=tuning.learning_rate(config, bench.tune),
-        clip=config.clip,
-        teacher=teacher,
-        recompute=config.gradient_checkpointing,
-        slowed=partial(bench.progress.slowed, "recover"),
-    )
-    bench.follow("recover", training, rows, config.recover_steps)
+    on_cpu = bench.accelerator.device.type == "cpu"
+    with few_widths(model, wanted=on_cpu and bench.tune == "full"):
+        wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
+        training = Training(inside(wrapped), config.seed + 1, sparsity=plan.sparsity)
+        bench.begin("recover", training, bench.newest("recover"))
+        rows = fit(
+            bench.accelerator,
+            training,
+            bench.batches(config.seed + 1, training.step),
+            steps=config.recover_steps,
+            learning_rate=tuning.learning_rate(config, bench.tune),
+            clip=config.clip,
+            teacher=teacher,
+            recompute=config.gradient_checkpointing,
+            slowed=partial(bench.progress.slowed, "recover"),
+        )
+        bench.follow("recover", training, rows, config.recover_steps)
     if not bench.place:
         model = merge(wrapped)
         checkpoint.cast(model, compute_dtype(config.precision, bench.accelerator.device))
