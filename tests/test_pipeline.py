@@ -164,6 +164,16 @@ def test_equal_widths_are_a_stock_class_where_that_takes_all_heads(model_type, t
     assert AutoConfig.from_pretrained(tmp_path / "run" / "model").model_type == model_type
 
 
+def test_rows_are_never_longer_than_a_models_positions(tokenizer, tmp_path):
+    tiny_model("opt", max_position_embeddings=101).save_pretrained(tmp_path / "dense")  # whose positions are a table
+    tokenizer.save_pretrained(tmp_path / "dense")
+    long = [{"instruction": f"say {i}", "output": "a b c " * 60} for i in range(30)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
+    settings = {**QUICK, "prompt": "none", "max_length": 256, "own_texts": 2, "target_sparsity": 0.2}
+    settings |= {"model": str(tmp_path / "dense"), "data": str(tmp_path / "long.jsonl")}
+    assert compresso.prune(**settings, output=str(tmp_path / "run"))["max_logit_difference"] < 1e-3
+
+
 def test_repeating_a_recovery_gives_the_same_weights_and_going_further_does_not(finished, tmp_path):
     before = load_file(finished / "model" / "model.safetensors")
     compresso.recover(str(finished))

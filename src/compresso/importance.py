@@ -53,8 +53,9 @@ def _floored(values: dict[str, Tensor], unit: str) -> Tensor:
 def _own_texts(bench: Workbench) -> list[Batch]:
     """Batches of texts that the dense model writes, the same in all processes; the account is charged for them."""
     config, model = bench.config, bench.model
-    length = min(LENGTH, bench.encoder.context or LENGTH)
+    context = bench.encoder.context
+    length = min(LENGTH, context or LENGTH)
     ids = broadcast(write_texts(model, bench.encoder, config.own_texts, length, config.seed))
     bench.spend("calibration", operations(model, ids.numel(), 4))  # written by one pass, and three to learn from
     examples = [Example(row, [IGNORE, *row[1:]]) for row in ids.tolist()]
-    return [collate(examples[i : i + ROWS]).to(ids.device) for i in range(0, len(examples), ROWS)]
+    return [collate(examples[i : i + ROWS], context).to(ids.device) for i in range(0, len(examples), ROWS)]
