@@ -16,9 +16,7 @@ class ExactAdamW(torch.optim.AdamW):
     def __init__(self, parameters: Iterable[Tensor], learning_rate: float):
         self._exact = {p: p if p.dtype == torch.float32 else p.detach().float() for p in parameters}
         stepped = list(self._exact.values())
-        on_cpu = all(
-            p.device.type == "cpu" for p in stepped
-        )  # where one pass takes a third of the time of torch's loop
+        on_cpu = all(p.device.type == "cpu" for p in stepped)  # there one pass takes a third of the loop's time
         super().__init__(stepped, lr=learning_rate, weight_decay=0.0, fused=on_cpu or None)
 
     @torch.no_grad()

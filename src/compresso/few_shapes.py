@@ -17,11 +17,8 @@ from compresso.shape import has
 
 WIDTHS = 24  # about as many steps up to the widest FFN
 GRAIN = 32  # of widths: what kernels in half precision take at once
-SHORT, FINE, COARSE = (
-    96,
-    8,
-    16,
-)  # rows of at most SHORT tokens are filled up to multiples of FINE, longer ones of COARSE
+SHORT, FINE, COARSE = 96, 8, 16
+"""Rows of at most SHORT tokens are filled up to a multiple of FINE, longer ones to one of COARSE."""
 
 
 def rounded_length(tokens: int, most: int | None) -> int:
