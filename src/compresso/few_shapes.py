@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.families import family_of
-from compresso.shape import has
+from compresso.shape import along, has
 
 WIDTHS = 24  # about as many steps up to the widest FFN
 GRAIN = 32  # of widths: what kernels in half precision take at once
@@ -57,7 +57,7 @@ def few_widths(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 def _resize(ffn: list[tuple[nn.Linear, int]], width: int) -> None:
     """Give the matrices of an FFN this width, along their dimension of channels."""
     for matrix, dim in ffn:
-        for name in ("weight", "bias") if dim == 0 and matrix.bias is not None else ("weight",):
+        for name in along(matrix, dim):
             old = getattr(matrix, name)
             if old.shape[dim] != width:
                 sizes = list(old.shape)

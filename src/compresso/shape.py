@@ -176,6 +176,11 @@ def rows_of_channels(family: Family, channels: Tensor, width: int) -> Tensor:
     return torch.cat([channels, channels + width]) if family.router else channels
 
 
+def along(matrix: Any, dim: int) -> list[str]:
+    """Parameters of a linear module that have this dimension of its weight."""
+    return ["weight"] if dim == 1 or matrix.bias is None else ["weight", "bias"]
+
+
 def has(layer: nn.Module, path: str) -> bool:
     """Whether a matrix is there, or was removed by an earlier plan."""
     owner, _, name = path.rpartition(".")

@@ -17,7 +17,7 @@ from compresso.adapters import ADAPTER
 from compresso.exact_adamw import ExactAdamW
 from compresso.families import family_of
 from compresso.masks import Gates, Masks
-from compresso.shape import ModelShape, rows_of, rows_per_group, sparsity
+from compresso.shape import ModelShape, along, rows_of, rows_per_group, sparsity
 
 EVERY = 5  # steps of the hold phase between two cuts
 RARELY_OPEN = 0.5  # P(gate > 0) below which a unit may be cut; LOG.md, 2026-11-25
@@ -118,7 +118,7 @@ class Shrinking:
                 self._count(unit, layer, size)
                 for matrix, dim, each in self._matrices(unit, layer):
                     places = rows_of(kept, each)
-                    for name in _along(matrix, dim):
+                    for name in along(matrix, dim):
                         left = getattr(matrix, name)
                         sizes = list(left.shape)
                         sizes[dim] = size * each
@@ -134,7 +134,7 @@ class Shrinking:
             matrix = getattr(module, "base_layer", module)
             adapter: tuple = () if matrix is module else (module.lora_A[ADAPTER] if dim else module.lora_B[ADAPTER],)
             for part in (matrix, *adapter):
-                for name in _along(part, dim):
+                for name in along(part, dim):
                     old = getattr(part, name)
                     new = nn.Parameter(old.index_select(dim, places.to(old.device)), requires_grad=old.requires_grad)
                     setattr(part, name, new)
@@ -159,8 +159,3 @@ class Shrinking:
             found = [(path, 0, each) for path, each in rows_per_group(family, shape).items()]
             found.append((family.attention_output, 1, shape.columns(unit)))
         return [(self._layers[layer].get_submodule(path), dim, each) for path, dim, each in found]
-
-
-def _along(matrix: Any, dim: int) -> list[str]:
-    """Parameters of a linear module that have this dimension of its weight."""
-    return ["weight"] if dim == 1 or matrix.bias is None else ["weight", "bias"]
