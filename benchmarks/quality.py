@@ -122,7 +122,7 @@ class Lab:
 
     def measure(self, model: Any, prompt: Any) -> dict[str, Any]:
         """Instruction loss with the model's own prompt, perplexities without one."""
-        model = checkpoint.cast(model, compute_dtype("auto", model.device))
+        model = checkpoint.cast(model, compute_dtype(self.given.precision, model.device))
         prompt = prompt or find_prompt("none", "chat")
         given = batches(self.held_out, self.encoder, prompt, parts=-(-len(self.held_out) // 8))
         found = {
@@ -192,6 +192,7 @@ class Lab:
             "data": str(self.train),
             "target_sparsity": cell.sparsity,
             "seed": cell.seed,
+            "precision": self.given.precision,
         }
         config |= {"output": str(folder), "overwrite": True, **settings}
         given = PruneConfig(**config)
@@ -211,7 +212,7 @@ class Lab:
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
         figures = self.measure_folder(folder / "model", summary)
-        settings = {**settings, "own_texts": given.own_texts, "distill": share}
+        settings = {**settings, "precision": self.given.precision, "own_texts": given.own_texts, "distill": share}
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
         release_memory()
 
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="texts and tasks, as for compresso evaluate")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--budget", choices=BUDGETS, default="small")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as of compresso prune")
     parser.add_argument("--recovery", choices=("none", "all"), default="all")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--cells", nargs="+", help="METHOD [ALLOCATION] RECOVERY, the budget's first seeds")
