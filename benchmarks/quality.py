@@ -242,7 +242,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as of compresso prune")
     parser.add_argument("--recovery", choices=("none", "all"), default="all")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--cells", nargs="+", help="METHOD [ALLOCATION] RECOVERY, the budget's first seeds")
+    parser.add_argument("--cells", nargs="+", help="METHOD [ALLOCATION] RECOVERY, of one --seed")
+    parser.add_argument("--seed", type=int, default=0, help="of --cells")
     parser.add_argument("--suites", action="store_true", help="only tasks of the recovered models in --work")
     parser.add_argument("--seeds", type=int, default=3, help="for ours and the best rival")
     parser.add_argument("--suite-limit", type=int, default=100, help="documents a task")
@@ -260,7 +261,7 @@ def main() -> None:
             if recovery == "none":
                 _plan(lab, sparsity, name, allocation[0] if allocation else "auto")
             else:
-                _learn(lab, Cell(name, sparsity, recovery, given.budget, 0), settings)
+                _learn(lab, Cell(name, sparsity, recovery, given.budget, given.seed), settings)
         show(lab.result)
         return
     rivals = [name for name in METHODS if name != "l0"]
