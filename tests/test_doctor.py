@@ -15,6 +15,7 @@ from compresso import installation, prune, run_folder, savepoints
 from compresso.cli import main
 from compresso.findings import Finding, show
 from compresso.progress import Progress
+from compresso.workbench import compute_dtype
 from tiny import tiny_model
 
 
@@ -202,6 +203,15 @@ def test_this_machine_is_fit_and_the_token_stays_secret(capsys, monkeypatch):
     assert "hub token     there is one" in said
     assert "HF_HUB_OFFLINE is set" in said
     assert "hf_secret" not in said
+
+
+@pytest.mark.parametrize(("factor", "advised"), [(1.6, True), (1.2, False)])
+def test_numbers_that_are_notably_faster_than_what_auto_takes_are_advised(factor, advised, monkeypatch):
+    own = compute_dtype("auto", torch.device("cpu"))
+    monkeypatch.setattr(installation, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(installation, "rate", lambda device, dtype: 1e11 if dtype == own else factor * 1e11)
+    notes = [finding for finding in installation.examine() if finding.name == "precision"]
+    assert [note.do for note in notes] == ([f"--precision {'bf16' if own == torch.float32 else 'fp32'}"] * advised)
 
 
 def test_a_machine_that_lacks_things(monkeypatch, tmp_path):
