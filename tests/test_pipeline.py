@@ -409,6 +409,26 @@ def test_sizes_on_the_way_are_nested_and_runs_of_their_own(checkpoint, data, tmp
     assert len(rows(folders[0], "prune")) < len(rows(folders[1], "prune")) < len(rows(folder, "prune")) == 12
 
 
+def test_all_weights_recover_at_a_higher_rate_where_more_is_gone(checkpoint, data, tmp_path):
+    """2e-4 to some 30 %, 5e-4 at a half; adapters' rate stays, and so does one that was asked for."""
+    settings = {**QUICK, "model": str(checkpoint), "data": str(data), "method": "wanda", "recover_steps": 1}
+
+    def rate():
+        (row,) = rows(run, "recover")
+        return row["learning_rate"]
+
+    run = tmp_path / "fifth"
+    compresso.prune(**settings, target_sparsity=0.2, output=str(run))
+    assert rate() == 2e-4
+    run = tmp_path / "half"
+    gone = compresso.prune(**settings, target_sparsity=0.5, output=str(run))["sparsity"]
+    assert rate() == pytest.approx(5e-4 * (gone / 0.5) ** 2)
+    compresso.recover(str(run), learning_rate=3e-5)
+    assert rate() == 3e-5
+    compresso.recover(str(run), learning_rate=None, tune="lora")
+    assert rate() == 1e-3
+
+
 def test_a_run_that_trained_nothing_recovers_later(checkpoint, data, tmp_path):
     settings = {**QUICK, "method": "wanda", "refit": True, "recover_steps": 0}
     compresso.prune(model=str(checkpoint), data=str(data), output=str(tmp_path / "run"), **settings)

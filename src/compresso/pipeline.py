@@ -365,7 +365,7 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
             training,
             bench.batches(config.seed + 1, training.step),
             steps=config.recover_steps,
-            learning_rate=tuning.learning_rate(config, bench.tune),
+            learning_rate=tuning.learning_rate(config, bench.tune, plan.sparsity),
             clip=config.clip,
             teacher=teacher,
             recompute=config.gradient_checkpointing,
