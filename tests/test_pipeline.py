@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import compresso
 from compresso import plan
 from compresso.chat import chat, compare
+from compresso.cli import main
 from compresso.families import FAMILIES
 from compresso.lagrangian import Lagrangian, make_schedule
 from compresso.masks import Gates, Masks
@@ -193,6 +194,15 @@ def test_a_recovery_on_other_data_is_measured_on_the_runs_own_held_out_records(f
     summary = compresso.recover(str(finished), data=str(other), seed=5, recover_steps=1, learning_rate=1e-12)
     assert summary["loss"]["recovered"] == pytest.approx(summary["loss"]["cut"], rel=1e-4)
     assert summary["loss"]["cut"] == before["loss"]["cut"]
+
+
+def test_a_recovery_without_the_dense_models_predictions_costs_less(finished):
+    spent = {}
+    for share in ("0.5", "0"):
+        assert main(["recover", str(finished), "--recover-steps", "1", "--distill", share]) == 0
+        (row,) = rows(finished, "recover")
+        spent[share] = row["operations"]
+    assert 0 < spent["0"] < spent["0.5"]
 
 
 def test_a_recovery_takes_every_kind_of_source(finished, monkeypatch):

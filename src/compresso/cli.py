@@ -164,6 +164,7 @@ def _recover(args: list[str]) -> None:
         further: bool = False,
         recover_steps: Count = None,
         learning_rate: Number = None,
+        distill: Number = None,
         batch_size: Count = None,
         data: Text = None,
         seed: Count = None,
@@ -175,6 +176,7 @@ def _recover(args: list[str]) -> None:
             further: Go on from the last recovery instead of repeating it.
             recover_steps: Optimizer steps; as in the run unless given.
             learning_rate: Peak learning rate; as in the run unless given.
+            distill: Share of the distance to the dense model's predictions in the loss; as in the run unless given.
             batch_size: Records per step; as in the run unless given.
             data: Records, as for prune; as in the run unless given.
             seed: Seed of data order and LoRA; as in the run unless given.
@@ -182,6 +184,7 @@ def _recover(args: list[str]) -> None:
         given = {
             "recover_steps": recover_steps,
             "learning_rate": learning_rate,
+            "distill": distill,
             "batch_size": batch_size,
             "data": data,
             "seed": seed,
