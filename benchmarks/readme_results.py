@@ -181,6 +181,8 @@ METHOD_NAMES = {
     "wanda": "Wanda-sp",
     "flap": "FLAP",
     "taylor": "LLM-Pruner (Taylor)",
+    "minitron": "Minitron, width",
+    "shortgpt": "ShortGPT",
 }
 RECOVERIES = {"none": "", "lora": "LoRA, next-token loss", "ours": "ours"}
 
@@ -218,7 +220,7 @@ def quality_table(found: dict[str, Any]) -> str:
         sparsity, _, recovery, method = key
         name, _, allocation = method.partition(" ")
         allocation = allocation or groups[key][0].get("settings", {}).get("allocation", "")
-        title = f"{METHOD_NAMES.get(name, name)}{f', {allocation}' if allocation else ''}"
+        title = f"{METHOD_NAMES.get(name, name)}{f', {allocation}' if allocation not in ('', 'auto') else ''}"
         lines.append(row(f"{100 * sparsity:.0f} % | {title} | {RECOVERIES[recovery]}", groups[key]))
     versions = found["versions"]
     text = f"Mean (smallest to largest); torch {versions['torch']}, transformers {versions['transformers']}."
