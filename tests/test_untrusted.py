@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
+import signal
 import struct
 import time
 from pathlib import Path
@@ -15,8 +17,8 @@ import gguf
 import pytest
 
 import compresso
+from compresso import bounded, nemotron_nas, per_layer, untrusted
 from compresso import checkpoint as checkpoints
-from compresso import nemotron_nas, per_layer, untrusted
 from compresso.cli import main
 from compresso.extract import extract
 from compresso.plan import save as save_plan
@@ -542,3 +544,27 @@ def test_our_own_remote_code_is_copied_unchanged_and_takes_no_text(model, tmp_pa
         assert imported <= {"copy", "torch", "huggingface_hub.dataclasses"} | {
             m for m in imported if m.startswith("transformers")
         }
+
+
+@pytest.mark.parametrize("at", ["exists", "read_text"])
+def test_ctrl_c_while_a_template_gets_its_limits_is_not_lost(at, tokenizer, monkeypatch):
+    """It was taken for a template that fails: the record was left out, and the run went on."""
+
+    class Statm:
+        def exists(self):
+            return self._told("exists", True)
+
+        def read_text(self):
+            return self._told("read_text", "1000 0 0")
+
+        def _told(self, name, value):
+            if name == at:
+                signal.raise_signal(signal.SIGINT)
+            return value
+
+    before = signal.getsignal(signal.SIGPROF), resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(bounded, "STATM", Statm())
+    monkeypatch.setattr(bounded, "BYTES", 2**60)
+    with pytest.raises(KeyboardInterrupt):
+        bounded.render(tokenizer, [{"role": "user", "content": "Hello"}], True)
+    assert (signal.getsignal(signal.SIGPROF), resource.getrlimit(resource.RLIMIT_AS)) == before

@@ -14,6 +14,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from compresso.stopping import uninterrupted
+
 SECONDS = 5.0
 BYTES = 2**30  # beyond what the process has already
 CHARACTERS = 100_000  # beyond four times what is to be written
@@ -57,19 +59,21 @@ def limits() -> Iterator[None]:
 
     timed = threading.current_thread() is threading.main_thread()
     before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.getsignal(signal.SIGPROF)  # known before anything can be interrupted
     try:
         if STATM.exists():
             most = int(STATM.read_text().split()[0]) * resource.getpagesize() + BYTES
             soft = min(limit for limit in (most, *before) if limit != resource.RLIM_INFINITY)
             resource.setrlimit(resource.RLIMIT_AS, (soft, before[1]))
         if timed:
-            handler = signal.signal(signal.SIGPROF, stop)
+            signal.signal(signal.SIGPROF, stop)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
         yield
     except MemoryError:
         raise TooMuch(told) from None
     finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        with uninterrupted():
+            if timed:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.signal(signal.SIGPROF, signal.SIG_DFL if handler is None else handler)
+            resource.setrlimit(resource.RLIMIT_AS, before)
