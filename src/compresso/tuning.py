@@ -17,7 +17,7 @@ Tune = Literal["lora", "full"]
 LARGEST = 1_000_000_000  # parameters of a model whose weights all learn by default
 DISTILL = {"lora": 0.0, "full": 0.5}  # LOG.md, 2026-11-26
 LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 2e-4}  # LOG.md, 2026-11-25
-MENDING = 2e-3  # rate of all weights in recovery over the square of the share that is gone (LOG.md, 2026-11-27)
+MENDING = {"lora": 0.0, "full": 2e-3}  # rate in recovery over the square of the share that is gone (LOG.md, 2026-11-27)
 
 
 def chosen(config: PruneConfig, parameters: int, whole: bool) -> Tune:
@@ -48,6 +48,4 @@ def distill(config: PruneConfig, tune: str) -> float:
 def learning_rate(config: PruneConfig, tune: str, gone: float = 0.0) -> float:
     """The peak, where so large a share of the prunable parameters is gone: the more there is to mend, the longer steps
     pay."""
-    if config.learning_rate:
-        return config.learning_rate
-    return max(LEARNING_RATE[tune], MENDING * gone**2 if tune == "full" else 0.0)
+    return config.learning_rate or max(LEARNING_RATE[tune], MENDING[tune] * gone**2)
