@@ -3,7 +3,7 @@
 python benchmarks/quality.py --budget small --data records.jsonl --data-dir my-data
 python benchmarks/quality.py --recovery none ...       # only the plans, minutes a cell
 python benchmarks/quality.py --cells "l0 ours" "wanda local lora" ...       # these alone, also beside another process
-python benchmarks/quality.py --suites ...              # tasks of the recovered models that lie in --work
+python benchmarks/quality.py --suites ...              # tasks of the dense model, and of recovered ones in --work
 
 SmolLM2-135M-Instruct is cut to 20, 30 and 50 % fewer parameters in its layers by every method. Without recovery each
 cell is its plan alone. With recovery a cell may spend a budget of floating-point operations: two for each parameter and
@@ -20,7 +20,7 @@ import argparse
 import itertools
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,15 @@ class Lab:
 
     def keep(self, cell: Cell, figures: dict[str, Any], summary: dict[str, Any]) -> None:
         operations = summary.get("operations", {})
-        if RESULT.exists():  # another process may have added to it
-            self.result["cells"] = json.loads(RESULT.read_text())["cells"]
-        self.result["cells"] = [c for c in self.result["cells"] if not cell.key.items() <= c.items()]
-        self.result["cells"].append(
-            {**cell.key, "flops": sum(operations.values()), "operations": operations, **figures}
-        )
-        self.write()
+        self.add({**cell.key, "flops": sum(operations.values()), "operations": operations, **figures})
 
-    def write(self) -> None:
+    def add(self, entry: dict[str, Any]) -> None:
+        """Put a cell in the place of the one that it is, beside what another process may have added."""
+        key = {field.name: entry[field.name] for field in fields(Cell)}
+        if RESULT.exists():
+            self.result["cells"] = json.loads(RESULT.read_text())["cells"]
+        self.result["cells"] = [c for c in self.result["cells"] if not key.items() <= c.items()] + [entry]
+        pair(self.result["cells"])
         whole_files.write(RESULT, f"{json.dumps(self.result, indent=2)}\n".encode())
 
     def measure(self, model: Any, prompt: Any) -> dict[str, Any]:
@@ -153,35 +153,30 @@ class Lab:
         parts = (key[name] for name in ("method", "sparsity", "recovery", "budget", "seed"))
         return self.work / "-".join(str(part).replace(" ", "-") for part in parts)
 
-    def suites(self, sparsity: float) -> None:
-        """Tasks of the recovered models, document by document against ours of the first seed."""
-        wanted = {"sparsity": sparsity, "budget": self.given.budget}
-        cells = [c for c in self.result["cells"] if wanted.items() <= c.items() and self.folder(c).exists()]
-        ours = [c for c in cells if c["method"] == "l0" and c["seed"] == 0]
-        if not ours:
-            return
-        names = {str(self.folder(c)): c for c in cells}
+    def tasks(self, name: str, output: Path) -> dict[str, Any]:
+        """Answers of a model to each task, a 1 for each document it got right and a 0 for each other one."""
         found = compresso.evaluate(
-            ["demo", *names],
+            [name],
             suite=SUITE,
             limit=self.given.suite_limit,
             data_dir=str(self.given.data_dir),
             cost=False,
-            output=str(self.work / f"suite-{sparsity:g}.json"),
-        )["results"]
+            output=str(output),
+        )["results"][name]
+        right = {task: entry["metrics"][entry["metric"]]["scores"] for task, entry in found.items()}
+        answers = {task: "".join(str(int(score)) for score in scores) for task, scores in right.items()}
+        return {"suite": statistics.mean(map(statistics.mean, right.values())), "answers": answers}
 
-        def scores(name: str) -> list[list[float]]:
-            return [entry["metrics"][entry["metric"]]["scores"] for entry in found[name].values()]
-
-        against = scores(str(self.folder(ours[0])))
-        for name, cell in names.items():
-            own = scores(name)
-            cell["suite"] = statistics.mean(map(statistics.mean, own))
-            if cell is not ours[0]:
-                parts = [difference(a, b) for a, b in zip(against, own, strict=True)]
-                all_tasks = together(parts, [1.0] * len(parts))
-                cell["suite_minus_ours"] = [all_tasks.difference, all_tasks.low, all_tasks.high]
-        self.write()
+    def suites(self) -> None:
+        """Tasks of the dense model and of the recovered ones in --work, as far as they are not known."""
+        for cell in list(self.result["cells"]):
+            if "answers" in cell or (cell["method"] != "dense" and cell["recovery"] == "none"):
+                continue
+            folder = self.folder(cell)
+            if cell["method"] == "dense":
+                self.add({**cell, **self.tasks("demo", self.work / "dense-tasks.json")})
+            elif folder.exists():
+                self.add({**cell, **self.tasks(str(folder), folder / "tasks.json")})
 
     def run(self, cell: Cell, settings: dict[str, Any]) -> None:
         """Prune, and recover with what is left of the budget."""
@@ -213,8 +208,26 @@ class Lab:
             summary = compresso.recover(str(folder), recover_steps=steps)
         figures = self.measure_folder(folder / "model", summary)
         settings = {**settings, "precision": self.given.precision, "own_texts": given.own_texts, "distill": share}
+        if cell.recovery != "none":
+            figures |= self.tasks(str(folder), folder / "tasks.json")
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
         release_memory()
+
+
+def pair(cells: list[dict[str, Any]]) -> None:
+    """Give each cell with answers its difference from ours, document by document, with the 95 % interval."""
+    for cell in cells:
+        same = [c for c in cells if "answers" in c and all(c[key] == cell[key] for key in ("sparsity", "budget"))]
+        ours = [c for c in same if c["method"] == "l0"]
+        if "answers" not in cell or not ours or cell in ours:
+            continue
+        against = min(ours, key=lambda c: (c["seed"] != cell["seed"], c["seed"]))
+        parts = [
+            difference([int(a) for a in against["answers"][task]], [int(b) for b in answers])
+            for task, answers in cell["answers"].items()
+        ]
+        all_tasks = together(parts, [1.0] * len(parts))
+        cell["suite_minus_ours"] = [all_tasks.difference, all_tasks.low, all_tasks.high]
 
 
 def _learning(folder: Path, tune: str) -> int:
@@ -244,14 +257,13 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--cells", nargs="+", help="METHOD [ALLOCATION] RECOVERY, of one --seed")
     parser.add_argument("--seed", type=int, default=0, help="of --cells")
-    parser.add_argument("--suites", action="store_true", help="only tasks of the recovered models in --work")
+    parser.add_argument("--suites", action="store_true", help="only tasks, of models in --work that lack them")
     parser.add_argument("--seeds", type=int, default=3, help="for ours and the best rival")
     parser.add_argument("--suite-limit", type=int, default=100, help="documents a task")
     given = parser.parse_args()
     lab = Lab(given)
     if given.suites:
-        for sparsity in given.sparsities:
-            lab.suites(sparsity)
+        lab.suites()
         show(lab.result)
         return
     if given.cells:
@@ -272,7 +284,6 @@ def main() -> None:
     if given.recovery == "all":
         for sparsity in given.sparsities:
             _recovered(lab, given, sparsity, rivals)
-            lab.suites(sparsity)
     show(lab.result)
 
 

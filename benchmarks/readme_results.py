@@ -192,8 +192,8 @@ def quality_table(found: dict[str, Any]) -> str:
     dense = next(cell for cell in found["cells"] if cell["method"] == "dense")
     columns = ("instruction_loss", "wikitext2_ppl", "c4_ppl", "suite")
     lines = [
-        "| removed | method | recovery | operations | seeds | held-out loss | WikiText-2 | C4 | four tasks |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| removed | method | recovery | operations | seeds | held-out loss | WikiText-2 | C4 | tasks, % | less ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def row(name: str, cells: list[dict[str, Any]]) -> str:
@@ -204,6 +204,8 @@ def quality_table(found: dict[str, Any]) -> str:
             middle = f"{unit * statistics.mean(values):,.{digits}f}" if values else ""
             ends = f" ({unit * min(values):,.{digits}f} to {unit * max(values):,.{digits}f})" if len(values) > 1 else ""
             shown.append(middle + ends)
+        paired = [cell["suite_minus_ours"] for cell in cells if "suite_minus_ours" in cell][:1]
+        shown += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in values)) for values in paired] or [""]
         operations = statistics.mean(cell["flops"] for cell in cells)
         return f"| {name} | {operations:.1e} | {len(cells)} | {' | '.join(shown)} |"
 
@@ -223,7 +225,11 @@ def quality_table(found: dict[str, Any]) -> str:
         title = f"{METHOD_NAMES.get(name, name)}{f', {allocation}' if allocation not in ('', 'auto') else ''}"
         lines.append(row(f"{100 * sparsity:.0f} % | {title} | {RECOVERIES[recovery]}", groups[key]))
     versions = found["versions"]
-    text = f"Mean (smallest to largest); torch {versions['torch']}, transformers {versions['transformers']}."
+    text = (
+        "Mean (smallest to largest); less ours: answers to the same documents less those of Compresso at the same "
+        "budget, 95 % interval, the first seed that has both; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}."
+    )
     return "\n".join([*lines, "", text])
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import paper_tables
 import pytest
+import quality
 import readme_results
 
 ROOT = Path(__file__).parent.parent
@@ -54,3 +55,30 @@ def test_the_papers_tables(tmp_path):
     assert "| mmlu | 50.00 ±1.00 | 40.00 ±1.00 (-10.00) | 35.00 ±1.00 (-15.00) |" in prompt
     assert "| bbh | 50.00 ±1.00 | 30.00 ±1.00 (-20.00) |" in recovery
     assert "60.00" not in data + prompt + recovery, "the dense model belongs to none of them"
+
+
+def test_tasks_are_paired_with_ours_of_the_same_size_budget_and_seed():
+    def cell(method, seed, answers, sparsity=0.2):
+        figures = {"method": method, "sparsity": sparsity, "recovery": "ours", "budget": "small", "seed": seed}
+        figures |= {"flops": 1e14, "instruction_loss": 2.0, "wikitext2_ppl": 40.0, "c4_ppl": 50.0}
+        return figures | ({"answers": {"piqa": answers}, "suite": answers.count("1") / len(answers)} if answers else {})
+
+    cells = [
+        cell("l0", 0, "1" * 40),
+        cell("l0", 1, "10" * 20),
+        cell("wanda", 1, "1" * 30 + "0" * 10),
+        cell("wanda", 2, "0" * 40),
+        cell("flap", 0, ""),
+        cell("flap", 0, "1" * 40, sparsity=0.3),
+    ]
+    quality.pair(cells)
+    differences = {(c["method"], c["seed"]): c["suite_minus_ours"] for c in cells if "suite_minus_ours" in c}
+    assert set(differences) == {("wanda", 1), ("wanda", 2)}, "not ours, nor what has no partner"
+    assert differences["wanda", 1][0] == pytest.approx(0.25), "seed 1 of ours"
+    assert differences["wanda", 2][0] == -1.0, "without that seed the first"
+    dense = {"method": "dense", **{key: 0.0 for key in ("sparsity", "flops", "instruction_loss")}}
+    dense |= {"wikitext2_ppl": 26.0, "c4_ppl": 36.0}
+    table = readme_results.quality_table(
+        {"cells": [dense, *cells], "versions": {"torch": "2", "transformers": "5"}},
+    )
+    assert "| 37.5 (0.0 to 75.0) | +25.0 [" in table
