@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import compresso
-from compresso import describe, extract, tuning
+from compresso import describe, extract, scores, tuning
 from compresso.adapters import add_lora, inside
 from compresso.batches import Batch, before_targets
+from compresso.calibration import gate_gradients, input_moments, weight_gradients
 from compresso.cli import main
 from compresso.config import PruneConfig
-from compresso.estimate import _Live, _with_layers, estimate, step_memory, training_memory
+from compresso.estimate import estimate
 from compresso.families import FAMILIES
 from compresso.masks import Gates
+from compresso.memory import _Live, _with_layers, step_memory, training_memory
 from compresso.train import target_loss
 from documents import WORDS
 from test_extract import gates_of
@@ -135,6 +137,40 @@ def test_the_look_at_records_is_counted_as_the_run_charges_it(method, checkpoint
     summary = compresso.prune(**settings)
     assert found.calibration == pytest.approx(summary["operations"].get("calibration", 0), rel=0.05)
     assert found.steps == (4 if method == "l0" else 0)
+
+
+@pytest.mark.parametrize("method", ["wanda", "taylor2", "fisher"])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_method_that_trains_nothing_needs_what_its_look_at_records_takes(method, refit, checkpoint):
+    settings = {"model": str(checkpoint), "method": method, "refit": refit, "batch_size": 3, "max_length": 40}
+    settings |= {"prompt": "none", "precision": "fp32", "recover_steps": 0}
+    found = estimate(PruneConfig(**settings))
+    assert found.learned == 0
+    model = compresso.load(checkpoint)[0].float()
+    ids = torch.arange(120).view(3, 40)
+    batch = Batch(torch.arange(0), ids, ids, 120, before_targets(ids))
+    with _Live(model) as live:
+        if method == "taylor2":
+            kept = weight_gradients(model, [batch], scores._matrices(model))
+        elif method == "fisher":
+            kept = gate_gradients(model, [batch])
+        else:
+            kept = input_moments(model, [batch])
+        if refit:
+            kept = (kept, input_moments(model, [batch], gram=True))
+    beyond = sum(found.training.values()) - found.training["weights"]
+    assert 0.9 * live.peak <= beyond <= 1.5 * live.peak, f"{found.training} and {live.peak}"
+    del kept
+
+
+def test_all_settings_of_prune_can_be_asked_for(checkpoint, capsys):
+    asked = ["estimate", "--model", str(checkpoint), "--recover-steps", "0"]
+    assert main([*asked, "--method", "taylor", "--units", "intermediate", "--gpus", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "sums of gradients" in said
+    assert "optimizer" not in said
+    assert main([*asked, "--method", "l0"]) == 0
+    assert "optimizer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layers", [2, 5, 40])

@@ -92,7 +92,9 @@ Tell what a run needs before it is started, from the model's config alone: memor
 
   compresso estimate --model ./my-llama --gpu-memory 24
   compresso estimate --config configs/llama-3.1-70b-20.yaml --gpus 8 --gpu-memory 80 --teraflops 200
+  compresso estimate --model ./my-llama --method wanda --refit --recover-steps 600
 
+It takes every setting of `compresso prune` (`compresso prune --help` lists them) besides those below.
 The model may be a folder that holds nothing but its config.json."""
 
 EXPORT = """\
@@ -126,7 +128,6 @@ Models = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL
 
 def _prune(args: list[str]) -> None:
     _no_more_than(args, 0, "the model goes after --model: compresso prune --model {}")
-    settings: dict = {}
     args, run = _take(args, "--resume", True)
     if run is not None:
         if args:
@@ -136,18 +137,8 @@ def _prune(args: list[str]) -> None:
         gc.freeze()
         resume(run)
         return
-    args, path = _take(args, "--config", True)
-    if path is not None:
-        settings = read_yaml(path)
     args, printing = _take(args, "--print-config", False)
-    listed = _listed(args, ("--also", "--units", "--lora-targets"))
-    flags = flags_of(PruneConfig)
-    try:
-        default = flags(**vars(PruneConfig(**settings)))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    given = tyro.cli(flags, args=listed, default=default, prog="compresso prune", description=PRUNE)
-    config = PruneConfig(**vars(given))
+    config = _settings_of_prune(args, "compresso prune", PRUNE)
     if printing is not None:
         sys.stdout.write(config.to_yaml())
         return
@@ -155,6 +146,18 @@ def _prune(args: list[str]) -> None:
 
     gc.freeze()  # runs collect every few steps, which need not look at what libraries made on import
     prune(config)
+
+
+def _settings_of_prune(args: list[str], prog: str, description: str) -> PruneConfig:
+    """What a file named by --config says, and in its place what the flags say."""
+    args, path = _take(args, "--config", True)
+    flags = flags_of(PruneConfig)
+    try:
+        default = flags(**vars(PruneConfig(**(read_yaml(path) if path is not None else {}))))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    listed = _listed(args, ("--also", "--units", "--lora-targets"))
+    return PruneConfig(**vars(tyro.cli(flags, args=listed, default=default, prog=prog, description=description)))
 
 
 def _recover(args: list[str]) -> None:
@@ -321,35 +324,27 @@ def _export(args: list[str]) -> None:
 
 
 def _estimate(args: list[str]) -> None:
-    def settings(
-        config: Text = None,
-        model: Text = None,
-        gpus: int = 1,
-        gpu_memory: Number = None,
-        teraflops: Number = None,
-        sharded: bool | None = None,
-    ) -> tuple[str | None, str | None, int, float | None, float | None, bool | None]:
+    def machine(
+        gpus: int = 1, gpu_memory: Number = None, teraflops: Number = None
+    ) -> tuple[int, float | None, float | None]:
         """Of the command line.
 
         Args:
-            config: Settings as `prune` reads them.
-            model: Checkpoint folder, .gguf file or hub id, instead of that of the settings.
             gpus: Processes, a GPU each.
             gpu_memory: Memory of each, in GB, to tell whether it fits.
             teraflops: Tera operations per second that each sustains, to tell the hours.
-            sharded: Split the weights over the GPUs (FSDP2), or not, instead of what the settings say.
         """
-        return config, model, gpus, gpu_memory, teraflops, sharded
+        return gpus, gpu_memory, teraflops
 
-    path, model, gpus, gpu_memory, teraflops, sharded = tyro.cli(
-        settings, args=args, prog="compresso estimate", description=ESTIMATE
+    prog = "compresso estimate"
+    _no_more_than(args, 0, "the model goes after --model: compresso estimate --model {}")
+    (gpus, gpu_memory, teraflops), rest = tyro.cli(
+        machine, args=args, prog=prog, description=ESTIMATE, return_unknown_args=True
     )
     for name, value in (("--gpus", gpus), ("--gpu-memory", gpu_memory), ("--teraflops", teraflops)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be above 0, got {value}")
-    of_file = read_yaml(path) if path is not None else {}
-    given = {key: value for key, value in (("model", model), ("sharded", sharded)) if value is not None}
-    config = PruneConfig(**{**of_file, **given})
+    config = _settings_of_prune(rest, prog, ESTIMATE)
     from compresso.estimate import estimate, show
     from compresso.workbench import console, status
 

@@ -1,47 +1,31 @@
-"""What a run needs, before it is started: memory by part, steps, tokens, hours. From shapes alone, without weights.
-
-One training step is run on tensors without numbers, in a model of two layers and in one of
-three; layers are alike, so that the rest follows. What is counted is what the real code keeps.
-"""
+"""What a run needs, before it is started: memory by part, steps, tokens, hours. From shapes alone, without weights."""
 
 import copy
-import weakref
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso import checkpoint, tuning
-from compresso.adapters import inside, learning
-from compresso.batches import SHARED_PREFIX_FROM, Batch, before_targets
-from compresso.calibration import AT_ONCE
+from compresso.calibration import AT_ONCE, output_paths
 from compresso.config import PruneConfig
-from compresso.cpu_attention import products
 from compresso.families import family_of
 from compresso.importance import LENGTH as OWN_LENGTH
-from compresso.learned import dense
-from compresso.masks import Gates
+from compresso.memory import forward_memory, rows_together, shares_prompt, training_memory
 from compresso.mixtures import idle
 from compresso.prepare import with_units
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import shapes_of
-from compresso.train import Teacher, mixed_loss, recomputed
 from compresso.workbench import compute_dtype
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
-LASTING = ("adapters", "float32 copies", "optimizer")  # parts of a step's memory
+LASTING = ("adapters", "float32 copies", "optimizer", "sums of gradients", "Gram matrices")  # parts of a step's memory
 GAPS = 0.34  # of a step's memory on a CPU: measured for two shapes, checked on a third (LOG.md, 2026-11-25)
 PASSES = {"wanda": 1, "flap": 1, "shortgpt": 1, "minitron": 2, "taylor": 3, "taylor2": 3}
 """Over the records of calibration; a backward one counts as two."""
@@ -60,7 +44,7 @@ class Estimate:
     """Parameters that learn."""
     gates: int
     training: dict[str, int]
-    """Bytes at the peak of a step of pruning, by part."""
+    """Bytes at the peak of a step of pruning, or of a look at records where nothing is trained, by part."""
     recovering: dict[str, int]
     """Bytes at the peak of a step of recovery, by part; nothing if there is none."""
     checking: dict[str, int]
@@ -99,15 +83,17 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     config = replace(config, tune=tune, distill=tuning.distill(config, tune))
     part = training_memory(architecture, dtype, config, prompt_tokens, cpu)
     learned = part.pop("parameters that learn")
+    if config.method != "l0":
+        part = _looking(architecture, dtype, config, prompt_tokens, prunable, cpu)
     if cpu:
         part["gaps between blocks"] = gaps(part)
     steps = (config.steps if config.method == "l0" else 0) + config.recover_steps
-    shared = prompt_tokens * (1 if _shares(config, prompt_tokens) else _rows(config))
+    shared = prompt_tokens * (1 if shares_prompt(config, prompt_tokens) else rows_together(config))
     tokens = steps * processes * (config.batch_size * config.max_length + config.accumulation * shared)
     layers = whole.get_submodule(family_of(architecture.model_type).layers)
     in_layers = sum(p.numel() for p in layers.parameters())
     weights, kept = _weights(config, dtype, processes, parameters, prunable, in_layers, len(layers))
-    if config.distill and tune == "full":
+    if config.distill and tune == "full" and config.method == "l0":
         weights["dense model, to learn from"] = weights["weights"]
     passes = 2 + (tune == "full") + config.gradient_checkpointing + bool(config.distill)
     used = 2.0 * (parameters - idle(whole))
@@ -123,7 +109,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         parameters,
         prunable,
         tune,
-        learned,
+        learned if steps else 0,
         sum(sum(shape.sizes(unit)) for unit in config.gates),
         {**weights, **part},
         recovering,
@@ -139,12 +125,40 @@ def calibration_tokens(config: PruneConfig, prompt_tokens: int) -> int:
     """Tokens before anything is cut, each counted for every pass that it takes; all records at their full length."""
     if config.method == "l0" and not config.warm_start:
         return 0
-    records, together = config.calibration_records, min(AT_ONCE, _rows(config))
+    records, together = config.calibration_records, min(AT_ONCE, rows_together(config))
     if config.method in ("l0", "fisher"):
         own = 0 if config.sharded else config.own_texts
         return 3 * records * config.max_length + 4 * own * OWN_LENGTH
     passes = PASSES.get(config.method, 0) + config.refit
     return passes * (records * config.max_length + -(-records // together) * prompt_tokens)
+
+
+def _looking(
+    architecture: PreTrainedConfig,
+    dtype: torch.dtype,
+    config: PruneConfig,
+    prompt_tokens: int,
+    prunable: int,
+    cpu: bool,
+) -> dict[str, int]:
+    """Bytes beyond the weights while a method that trains nothing looks at records, by part."""
+    config = replace(config, batch_size=min(AT_ONCE, rows_together(config)), accumulation=1)
+    found = {}
+    if config.method in ("taylor", "taylor2", "fisher"):
+        step = training_memory(architecture, dtype, replace(config, tune="full", distill=0.0), prompt_tokens, cpu)
+        found = {"activations": step["activations"], "logits and backward": step["logits and backward"]}
+        if config.method != "fisher":  # of every weight, and float32 sums of it and of its square
+            found |= {"gradients": step["gradients"], "sums of gradients": 8 * prunable}
+    elif config.method in PASSES or config.refit:
+        found = {"activations": forward_memory(architecture, dtype, config, prompt_tokens, cpu)}
+    if config.refit:
+        found["Gram matrices"] = 4 * sum(width**2 for width in _input_widths(shapes_of(architecture, dtype)))
+    return found
+
+
+def _input_widths(model: PreTrainedModel) -> list[int]:
+    """Of the matrices that units feed."""
+    return [model.get_submodule(path).weight.shape[1] for _, _, path in output_paths(model)]
 
 
 def gaps(parts: dict[str, int]) -> int:
@@ -230,28 +244,6 @@ def _look(config: PruneConfig) -> tuple[PreTrainedConfig, int]:
         return architecture, len(prompt.body) // CHARACTERS_A_TOKEN
 
 
-def training_memory(
-    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int, cpu: bool = False
-) -> dict[str, int]:
-    """`step_memory` of the whole model, from that of two and of three of its layers."""
-    few, more = (step_memory(_with_layers(architecture, n), dtype, config, prompt_tokens, cpu) for n in (2, 3))
-    found = {name: few[name] + (architecture.num_hidden_layers - 2) * (more[name] - few[name]) for name in few}
-    missing = min(0, found["logits and backward"])  # gradients that are not there yet at the peak
-    found["gradients"] += missing
-    found["logits and backward"] -= missing
-    return found
-
-
-def _rows(config: PruneConfig) -> int:
-    """Records that go through the model together."""
-    return -(-config.batch_size // config.accumulation)
-
-
-def _shares(config: PruneConfig, prompt_tokens: int) -> bool:
-    """Whether the prompt is run once for all rows of a batch."""
-    return _rows(config) > 1 and prompt_tokens >= SHARED_PREFIX_FROM
-
-
 def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneConfig) -> PreTrainedConfig:
     """About what is left: FFN channels removed alone, down to a tenth of them."""
     smaller = copy.deepcopy(architecture)
@@ -259,7 +251,7 @@ def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneCo
     mlp = sum(layer.channels * shape.mlp_matrices for layer in shape.layers)
     share = max(0.1, 1 - config.target_sparsity * sum(map(shape.rows, shape.layers)) / mlp)
     name, grain = family.intermediate_size, family.multiple
-    smaller.per_layer_config = None  # as in `_with_layers`: all as wide as the widest
+    smaller.per_layer_config = None  # layers of the step are: all as wide as the widest
     setattr(smaller, name, max(1, round(getattr(smaller, name) * share / grain)) * grain)
     return smaller
 
@@ -271,125 +263,3 @@ def _two_models(config: PruneConfig, kept: dict[str, int], dtype: torch.dtype) -
     if not config.distill:
         found.pop("dense model")
     return found
-
-
-def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    fewer = copy.deepcopy(architecture)
-    fewer.num_hidden_layers = layers
-    fewer.per_layer_config = None
-    if getattr(fewer, "layer_types", None):
-        fewer.layer_types = fewer.layer_types[:layers]
-    return fewer
-
-
-def step_memory(
-    architecture: PreTrainedConfig, dtype: torch.dtype, config: PruneConfig, prompt_tokens: int, cpu: bool = False
-) -> dict[str, int]:
-    """Bytes that one training step of this model takes beyond its weights, by part; every record at its full length.
-
-    `config.tune` must say what learns: `lora` or `full`.
-    """
-    with torch.device("meta"):
-        wrapped = tuning.start(shapes_of(architecture, dtype), config.tune, config, config.seed)
-    learning(wrapped)
-    model = inside(wrapped)
-    shape = describe(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    learned = sum(p.numel() for p in trained)
-    bytes_of = sum(p.numel() * p.element_size() for p in trained)
-    batch = _batch(_rows(config), config.max_length, prompt_tokens, _shares(config, prompt_tokens))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        _without_numbers(model, mode)
-        gates = Gates(model, shape)
-        live = _Live(model)
-        reached: list[int] = []
-        head = model.get_submodule(family_of(architecture.model_type).head)
-        head.register_forward_pre_hook(lambda *_: reached.append(live.now))
-        teacher = None
-        if config.distill and isinstance(wrapped, PeftModel):
-            teacher = Teacher(model, config.distill, partial(dense, wrapped, gates))
-        with live, products(model, cpu), recomputed(model, config.gradient_checkpointing):
-            gates.set({unit: _gate(shape, unit) for unit in config.gates})
-            mixed_loss(model, batch, teacher)[0].backward()
-    activations = reached[0]
-    return {
-        **_learners(trained, config.tune),
-        "optimizer": 8 * learned,
-        "gradients": bytes_of,
-        "activations": activations,
-        "logits and backward": live.peak - activations - bytes_of,
-        "parameters that learn": learned,
-    }
-
-
-def _learners(trained: list[Tensor], tune: str) -> dict[str, int]:
-    """Bytes of what learns beyond the model's own weights."""
-    if tune == "lora":
-        return {"adapters": sum(p.numel() * p.element_size() for p in trained)}
-    return {"float32 copies": 4 * sum(p.numel() for p in trained if p.dtype != torch.float32)}
-
-
-def _gate(shape: ModelShape, unit: str) -> Tensor:
-    return torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1
-
-
-def _batch(rows: int, length: int, prompt: int, shared: bool) -> Batch:
-    """The largest batch that the settings allow: every record at its full length."""
-    ids = torch.zeros(rows, length + (0 if shared else prompt), dtype=torch.long)
-    prefix = torch.zeros(prompt if shared else 0, dtype=torch.long)
-    return Batch(prefix, ids, ids, ids.numel(), before_targets(ids))
-
-
-def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Parameters and buffers that know shape and device and hold nothing; tied ones stay tied."""
-    fakes: dict[int, nn.Parameter] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        return FakeTensor(mode, tensor.to("meta"), torch.device("cpu"))
-
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in fakes:
-                    fakes[id(parameter)] = nn.Parameter(fake(parameter.data), requires_grad=parameter.requires_grad)
-                module._parameters[name] = fakes[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)
-
-
-def _grouped(a: Tensor, b: Tensor, offs: Tensor, *_: object) -> Tensor:
-    """What torch's product by groups gives, of (S, K) and (E, K, N) or (K, S) and (S, N); it knows bfloat16 alone."""
-    size = (len(a), b.shape[-1])
-    return a.new_empty(size if b.ndim == 3 else (len(offs), *size))
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations inside made and that are still there; `peak` is the most.
-
-    Those of `model` are not counted, of which a transposed weight is a view.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        there = [*model.parameters(), *model.buffers()]
-        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in there}
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        grouped = operation is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
-        made = (_grouped if grouped else operation)(*args, **(kwargs or {}))
-        for tensor in tree_iter(made):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self._sizes:
-                    self._sizes[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, key)
-        return made
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
