@@ -1,24 +1,19 @@
-"""Apply a Plan: a new, physically smaller model that computes what the gated one computed.
-
-Rows and columns of removed units are left out, kept soft gates are folded into the
-weights behind them, and RMSNorm is corrected for the hidden channels that it no longer
-averages over.
-"""
+"""Apply a Plan: a new, physically smaller model that computes what the gated one computed."""
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso import per_layer
+from compresso.cutting import cut_weights, kept_layers
 from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family, family_of, tensors_in_files
 from compresso.plan import Plan
-from compresso.shape import ModelShape, describe, head_dim_of, rows_of, rows_of_channels, rows_per_group
+from compresso.shape import ModelShape, describe, head_dim_of
 
 _classes: list[Any] = per_layer.CLASSES
 for _config, _base, _causal in _classes:
@@ -81,106 +76,9 @@ def check_fit(plan: Plan, shape: ModelShape, family: Family) -> None:
                 )
 
 
-def _kept_layers(plan: Plan) -> list[int]:
-    return [
-        i
-        for i, width in enumerate(plan.widths())
-        if width["num_key_value_heads"] or width["intermediate_size"] or len(plan.shape.layers) == 1
-    ]
-
-
-def cut_weights(old: Mapping[str, Tensor], model_type: str, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every weight of the smaller model, one after the other.
-
-    `old` is the state dict, or reads from files: each of its tensors is asked for once, and
-    none is kept. A tied head may be missing from it.
-    """
-    family = family_of(model_type)
-    hidden = plan.keep["hidden"][0]
-    norm_scale = (plan.shape.hidden_size / len(hidden)) ** 0.5
-
-    def take(
-        name: str,
-        target: str,
-        rows: Tensor | None,
-        columns: Tensor | None,
-        by: Tensor | float = 1.0,
-        bias_by: float = 1.0,
-        offset: float = 0.0,
-        stack: Tensor | None = None,
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Keep rows and columns of a weight times `by` (a number, or one a column), and the rows of its bias.
-
-        Of stacked ones those in `stack` stay. What multiplies is the weight and `offset`.
-        """
-        for kind, scale in ((".weight", by), (".bias", bias_by), ("", by)):
-            if name + kind not in old:
-                continue
-            tensor = old[name + kind]
-            device, row = tensor.device, max(0, tensor.ndim - 2)
-            if stack is not None and len(stack) < tensor.shape[0]:
-                tensor = tensor.index_select(0, stack.to(device))
-            if rows is not None and len(rows) < tensor.shape[row]:
-                tensor = tensor.index_select(row, rows.to(device))
-            if kind != ".bias" and columns is not None and len(columns) < tensor.shape[-1]:
-                tensor = tensor.index_select(-1, columns.to(device))
-            if bool((torch.as_tensor(scale) != 1).any()):
-                factor = scale.to(device) if isinstance(scale, Tensor) else scale
-                more = offset if kind == ".weight" else 0.0
-                tensor = ((tensor.double() + more) * factor - more).to(tensor.dtype)
-            yield target + kind, tensor.clone()
-
-    def norms(source: str, target: str, paths: tuple[str, ...], by: float = norm_scale) -> Iterator[tuple[str, Tensor]]:
-        for path in paths:
-            yield from take(source + path, target + path, hidden, None, by, offset=family.norm_offset)
-
-    # where the embedding is scaled by the root of the hidden size, it makes up for that, a tied head with it
-    embedded = norm_scale if family.scaled_embedding else 1.0
-    yield from take(family.embedding, family.embedding, None, hidden, embedded)
-    if family.positions:
-        yield from take(family.positions, family.positions, None, hidden)
-    yield from norms("", "", (family.final_norm,), norm_scale / embedded)
-    yield from take(family.head, family.head, None, hidden, embedded)
-    gates = {u: g.split(plan.shape.sizes(u)) for u, g in plan.gates.items()}
-    keep = plan.keep
-    for j, i in enumerate(_kept_layers(plan)):
-        source, target = f"{family.layers}.{i}.", f"{family.layers}.{j}."
-        groups, channels = keep["kv_group"][i], keep["intermediate"][i]
-        if len(groups):
-            layer = plan.shape.layers[i]
-            # q/k norms share an eps that grows with norm_scale squared: so must what they divide
-            into_norm = norm_scale if family.query_key_norms else 1.0
-            for path, each in rows_per_group(family, layer).items():
-                by = 1.0 if path == family.value else into_norm
-                yield from take(source + path, target + path, rows_of(groups, each), hidden, by, by)
-            yield from norms(source, target, family.attention_norms)
-            whole, each = float(gates["attention"][i]), layer.columns("kv_group")
-            per_column = gates["kv_group"][i][groups].repeat_interleave(each)
-            output = family.attention_output
-            yield from take(source + output, target + output, hidden, rows_of(groups, each), per_column * whole, whole)
-            known = (*family.attention_inputs, output)
-            for name in sorted(old):  # what belongs to a head dimension and stays: q and k norms
-                if name.startswith(source + family.attention + "."):
-                    path = name.removeprefix(source)
-                    if path.rpartition(".")[0] not in known:
-                        yield target + path, old[name].clone()
-        if len(channels):
-            experts = keep["expert"][i] if family.router else None
-            rows = rows_of_channels(family, channels, plan.shape.layers[i].intermediate_size)
-            for path in family.mlp_inputs:
-                yield from take(source + path, target + path, rows, hidden, stack=experts)
-            if family.router:
-                yield from take(source + family.router, target + family.router, experts, hidden)
-            yield from norms(source, target, family.mlp_norms)
-            whole, per_column = float(gates["mlp"][i]), gates["intermediate"][i][channels]
-            output = family.mlp_output
-            by = per_column * whole
-            yield from take(source + output, target + output, hidden, channels, by, whole, stack=experts)
-
-
 def smaller_config(old: PreTrainedConfig, names: Collection[str], plan: Plan) -> PreTrainedConfig:
     """The config of the smaller model; `names` are those of the weights of the whole one."""
-    kept = _kept_layers(plan)
+    kept = kept_layers(plan)
     return sized_config(old, names, [plan.widths()[i] for i in kept], len(plan.keep["hidden"][0]), kept)
 
 

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from compresso import checkpoint, untrusted
 from compresso import plan as plans
 from compresso.adapters import Adapter
-from compresso.extract import check_fit, cut_weights, smaller_config
+from compresso.cutting import cut_weights
+from compresso.extract import check_fit, smaller_config
 from compresso.families import Family, family_of, renamed, tensors_in_files
 from compresso.mixtures import Sorted
 from compresso.plan import Plan
