@@ -176,6 +176,12 @@ class PruneConfig:
         for name, preset in zip(("steps", "recover_steps"), PRESETS[self.preset], strict=True):
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, preset)
+        self._check_target()
+        self._check_units()
+        self._check_numbers()
+
+    def _check_target(self) -> None:
+        """What is to be removed, by which method. Raises ValueError for what does not go together."""
         rules = self.widths  # raises for an unknown shape
         if rules.uniform and self.method in ("shortgpt", "flap"):
             raise ValueError(f"--method {self.method} chooses by whole layers or one threshold; it knows no --shape")
@@ -194,6 +200,8 @@ class PruneConfig:
             raise ValueError(f"--refit is for methods that score groups and channels, not for --method {self.method}")
         if self.also and self.method != "l0":
             raise ValueError(f"only l0 passes smaller sparsities on its way; --method {self.method} is run for each")
+
+    def _check_units(self) -> None:
         known = (*UNITS, VOCABULARY)
         if unknown := [unit for unit in self.units if unit not in known]:
             raise ValueError(
@@ -213,6 +221,8 @@ class PruneConfig:
                 "the unit vocab needs all records at once to know their tokens, and --stream never has them; leave out "
                 "one of the two"
             )
+
+    def _check_numbers(self) -> None:
         at_least = {
             **dict.fromkeys(("round_to", "batch_size", "accumulation", "lora_rank", "validation_records"), 1),
             **dict.fromkeys(("perplexity_windows", "self_records", "steps", "calibration_records", "checkpoints"), 1),
