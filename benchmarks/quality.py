@@ -33,7 +33,7 @@ from compresso.chat import prompt_for
 from compresso.config import PruneConfig, read_yaml
 from compresso.few_shapes import few_widths
 from compresso.methods import METHODS
-from compresso.paired import difference, together
+from compresso.paired import Difference, difference, together
 from compresso.perplexity import mean_loss, perplexity, text_windows, window_nats
 from compresso.prepare import versions
 from compresso.prompts import find_prompt
@@ -168,9 +168,10 @@ class Lab:
         return {"suite": statistics.mean(map(statistics.mean, right.values())), "answers": answers}
 
     def suites(self) -> None:
-        """Tasks of the dense model and of the recovered ones in --work, as far as they are not known."""
+        """Tasks of the dense model and of the recovered ones in --work, as far as not so many answers are known."""
         for cell in list(self.result["cells"]):
-            if "answers" in cell or (cell["method"] != "dense" and cell["recovery"] == "none"):
+            known = min(map(len, cell.get("answers", {"": ""}).values()))
+            if known >= self.given.suite_limit or (cell["method"] != "dense" and cell["recovery"] == "none"):
                 continue
             folder = self.folder(cell)
             if cell["method"] == "dense":
@@ -222,12 +223,15 @@ def pair(cells: list[dict[str, Any]]) -> None:
         if "answers" not in cell or not ours or cell in ours:
             continue
         against = min(ours, key=lambda c: (c["seed"] != cell["seed"], c["seed"]))
-        parts = [
-            difference([int(a) for a in against["answers"][task]], [int(b) for b in answers])
-            for task, answers in cell["answers"].items()
-        ]
+        parts = [_apart(against["answers"][task], answers) for task, answers in cell["answers"].items()]
         all_tasks = together(parts, [1.0] * len(parts))
         cell["suite_minus_ours"] = [all_tasks.difference, all_tasks.low, all_tasks.high]
+
+
+def _apart(a: str, b: str) -> Difference:
+    """Of the first documents, as far as both were asked."""
+    both = min(len(a), len(b))
+    return difference([int(answer) for answer in a[:both]], [int(answer) for answer in b[:both]])
 
 
 def _learning(folder: Path, tune: str) -> int:
@@ -259,7 +263,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --cells")
     parser.add_argument("--suites", action="store_true", help="only tasks, of models in --work that lack them")
     parser.add_argument("--seeds", type=int, default=3, help="for ours and the best rival")
-    parser.add_argument("--suite-limit", type=int, default=100, help="documents a task")
+    parser.add_argument("--suite-limit", type=int, default=200, help="documents a task")
     given = parser.parse_args()
     lab = Lab(given)
     if given.suites:
