@@ -73,6 +73,9 @@ class Cell:
         return asdict(self)
 
 
+KEY = tuple(field.name for field in fields(Cell))
+
+
 class Lab:
     """Records, texts and results of one call."""
 
@@ -113,7 +116,7 @@ class Lab:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Put a cell in the place of the one that it is, beside what another process may have added."""
-        key = {field.name: entry[field.name] for field in fields(Cell)}
+        key = {name: entry[name] for name in KEY}
         if RESULT.exists():
             self.result["cells"] = json.loads(RESULT.read_text())["cells"]
         self.result["cells"] = [c for c in self.result["cells"] if not key.items() <= c.items()] + [entry]
@@ -150,8 +153,7 @@ class Lab:
         return statistics.mean(batches(group, self.encoder, found)[0].computed for group in groups)
 
     def folder(self, key: dict[str, Any]) -> Path:
-        parts = (key[name] for name in ("method", "sparsity", "recovery", "budget", "seed"))
-        return self.work / "-".join(str(part).replace(" ", "-") for part in parts)
+        return self.work / "-".join(str(key[name]).replace(" ", "-") for name in KEY)
 
     def tasks(self, name: str, output: Path) -> dict[str, Any]:
         """Answers of a model to each task, a 1 for each document it got right and a 0 for each other one."""
@@ -219,7 +221,7 @@ def pair(cells: list[dict[str, Any]]) -> None:
     """Give each cell with answers its difference from ours, document by document, with the 95 % interval."""
     for cell in cells:
         same = [c for c in cells if "answers" in c and all(c[key] == cell[key] for key in ("sparsity", "budget"))]
-        ours = [c for c in same if c["method"] == "l0"]
+        ours = [c for c in same if c["method"] == "l0" and c["recovery"] == "ours"]
         if "answers" not in cell or not ours or cell in ours:
             continue
         against = min(ours, key=lambda c: (c["seed"] != cell["seed"], c["seed"]))

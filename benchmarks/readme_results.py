@@ -204,7 +204,8 @@ def quality_table(found: dict[str, Any]) -> str:
             middle = f"{unit * statistics.mean(values):,.{digits}f}" if values else ""
             ends = f" ({unit * min(values):,.{digits}f} to {unit * max(values):,.{digits}f})" if len(values) > 1 else ""
             shown.append(middle + ends)
-        paired = [cell["suite_minus_ours"] for cell in cells if "suite_minus_ours" in cell][:1]
+        of_seeds = sorted(cells, key=lambda cell: cell["seed"])
+        paired = [cell["suite_minus_ours"] for cell in of_seeds if "suite_minus_ours" in cell][:1]
         shown += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in values)) for values in paired] or [""]
         operations = statistics.mean(cell["flops"] for cell in cells)
         return f"| {name} | {operations:.1e} | {len(cells)} | {' | '.join(shown)} |"

@@ -84,7 +84,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     part = training_memory(architecture, dtype, config, prompt_tokens, cpu)
     learned = part.pop("parameters that learn")
     if config.method != "l0":
-        part = _looking(architecture, dtype, config, prompt_tokens, prunable, cpu)
+        part = _looking(architecture, dtype, config, prompt_tokens, whole, cpu)
     if cpu:
         part["gaps between blocks"] = gaps(part)
     steps = (config.steps if config.method == "l0" else 0) + config.recover_steps
@@ -138,7 +138,7 @@ def _looking(
     dtype: torch.dtype,
     config: PruneConfig,
     prompt_tokens: int,
-    prunable: int,
+    whole: PreTrainedModel,
     cpu: bool,
 ) -> dict[str, int]:
     """Bytes beyond the weights while a method that trains nothing looks at records, by part."""
@@ -148,11 +148,11 @@ def _looking(
         step = training_memory(architecture, dtype, replace(config, tune="full", distill=0.0), prompt_tokens, cpu)
         found = {"activations": step["activations"], "logits and backward": step["logits and backward"]}
         if config.method != "fisher":  # of every weight, and float32 sums of it and of its square
-            found |= {"gradients": step["gradients"], "sums of gradients": 8 * prunable}
+            found |= {"gradients": step["gradients"], "sums of gradients": 8 * count_prunable(whole)}
     elif config.method in PASSES or config.refit:
         found = {"activations": forward_memory(architecture, dtype, config, prompt_tokens, cpu)}
     if config.refit:
-        found["Gram matrices"] = 4 * sum(width**2 for width in _input_widths(shapes_of(architecture, dtype)))
+        found["Gram matrices"] = 4 * sum(width**2 for width in _input_widths(whole))
     return found
 
 
