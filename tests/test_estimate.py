@@ -173,6 +173,13 @@ def test_all_settings_of_prune_can_be_asked_for(checkpoint, capsys):
     assert "optimizer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked", [["--method", "wanda"], ["--method", "taylor", "--refit"]])
+def test_what_a_run_refuses_of_a_mixture_is_not_estimated(asked, tmp_path, capsys):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    assert main(["estimate", "--model", str(tmp_path), *asked]) == 2
+    assert "experts of a qwen3_moe do not show" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layers", [2, 5, 40])
 def test_no_part_of_the_memory_is_less_than_nothing(layers):
     """Where all weights learn, the peak of many layers comes before their gradients are all there."""

@@ -71,8 +71,6 @@ def prepare(
     set_seed(config.seed)
     model, tokenizer, stored, place = _load(config, str(source or config.model), accelerator)
     config = with_units(config, model.config.model_type)
-    if config.refit or config.method in ("wanda", "flap", "minitron"):
-        check_inputs(model.config.model_type)
     if new:
         _check_target(config, describe(model))
     if prompt.format == "auto":
@@ -302,8 +300,11 @@ def _unfinished(folder: Path) -> bool:
 
 def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     """The settings without units that this family cannot lack, or its stock class where the shape is to be one that
-    it takes; raises ValueError if they were asked for. For a mixture with what its experts ask for."""
+    it takes; raises ValueError if they were asked for. For a mixture with what its experts ask for; raises ValueError
+    for a method that has to see what goes into their last matrices."""
     family = family_of(model_type)
+    if config.refit or config.method in ("wanda", "flap", "minitron"):
+        check_inputs(model_type)
     default = not config.units
     config = replace(config, units=config.units or config.gates)
     if family.router:
