@@ -3,7 +3,7 @@
 python benchmarks/quality.py --budget small --data records.jsonl --data-dir my-data
 python benchmarks/quality.py --recovery none ...       # only the plans, minutes a cell
 python benchmarks/quality.py --cells "l0 ours" "wanda local lora" ...       # these alone, also beside another process
-python benchmarks/quality.py --suites ...              # tasks of the dense model, and of recovered ones in --work
+python benchmarks/quality.py --suites ...              # tasks of the dense model, and of those in --work
 
 SmolLM2-135M-Instruct is cut to 20, 30 and 50 % fewer parameters in its layers by every method. Without recovery each
 cell is its plan alone. With recovery a cell may spend a budget of floating-point operations: two for each parameter and
@@ -94,7 +94,8 @@ class Lab:
         self.result = json.loads(RESULT.read_text()) if RESULT.exists() else {"cells": []}
         self.result["versions"] = versions()
         if not self.find(Cell("dense", 0.0, "none", "none", 0)):
-            self.keep(Cell("dense", 0.0, "none", "none", 0), self.measure(model, None), {})
+            figures = {**self.measure(model, None), **self.tasks("demo", self.work / "dense-tasks.json")}
+            self.keep(Cell("dense", 0.0, "none", "none", 0), figures, {})
 
     def _split(self, data: str) -> tuple[Path, list]:
         lines = Path(data).read_text().splitlines()
@@ -106,9 +107,10 @@ class Lab:
         return train, read_sources(str(held_out))[0].records
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell that is there, and has spent what it was given."""
+        """A cell that is there, has spent what it was given, and was asked the tasks."""
         least = SPENT * BUDGETS.get(cell.budget, 0)
-        return next((c for c in self.result["cells"] if cell.key.items() <= c.items() and c["flops"] >= least), None)
+        there = (c for c in self.result["cells"] if cell.key.items() <= c.items())
+        return next((c for c in there if c["flops"] >= least and "answers" in c), None)
 
     def keep(self, cell: Cell, figures: dict[str, Any], summary: dict[str, Any]) -> None:
         operations = summary.get("operations", {})
@@ -120,7 +122,6 @@ class Lab:
         if RESULT.exists():
             self.result["cells"] = json.loads(RESULT.read_text())["cells"]
         self.result["cells"] = [c for c in self.result["cells"] if not key.items() <= c.items()] + [entry]
-        pair(self.result["cells"])
         whole_files.write(RESULT, f"{json.dumps(self.result, indent=2)}\n".encode())
 
     def measure(self, model: Any, prompt: Any) -> dict[str, Any]:
@@ -156,7 +157,8 @@ class Lab:
         return self.work / "-".join(str(key[name]).replace(" ", "-") for name in KEY)
 
     def tasks(self, name: str, output: Path) -> dict[str, Any]:
-        """Answers of a model to each task, a 1 for each document it got right and a 0 for each other one."""
+        """Answers of a model to each task, a 1 for each document it got right and a 0 for each other one, and their
+        mean."""
         found = compresso.evaluate(
             [name],
             suite=SUITE,
@@ -170,10 +172,10 @@ class Lab:
         return {"suite": statistics.mean(map(statistics.mean, right.values())), "answers": answers}
 
     def suites(self) -> None:
-        """Tasks of the dense model and of the recovered ones in --work, as far as not so many answers are known."""
+        """Tasks of the dense model and of the cells in --work, as far as not so many answers are known."""
         for cell in list(self.result["cells"]):
             known = min(map(len, cell.get("answers", {"": ""}).values()))
-            if known >= self.given.suite_limit or (cell["method"] != "dense" and cell["recovery"] == "none"):
+            if known >= self.given.suite_limit:
                 continue
             folder = self.folder(cell)
             if cell["method"] == "dense":
@@ -211,29 +213,35 @@ class Lab:
             summary = compresso.recover(str(folder), recover_steps=steps)
         figures = self.measure_folder(folder / "model", summary)
         settings = {**settings, "precision": self.given.precision, "own_texts": given.own_texts, "distill": share}
-        if cell.recovery != "none":
-            figures |= self.tasks(str(folder), folder / "tasks.json")
+        figures |= self.tasks(str(folder), folder / "tasks.json")
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
         release_memory()
 
 
-def pair(cells: list[dict[str, Any]]) -> None:
-    """Give each cell with answers its difference from ours, document by document, with the 95 % interval."""
-    for cell in cells:
-        same = [c for c in cells if "answers" in c and all(c[key] == cell[key] for key in ("sparsity", "budget"))]
-        ours = [c for c in same if c["method"] == "l0" and c["recovery"] == "ours"]
-        if "answers" not in cell or not ours or cell in ours:
-            continue
-        against = min(ours, key=lambda c: (c["seed"] != cell["seed"], c["seed"]))
-        parts = [_apart(against["answers"][task], answers) for task, answers in cell["answers"].items()]
-        all_tasks = together(parts, [1.0] * len(parts))
-        cell["suite_minus_ours"] = [all_tasks.difference, all_tasks.low, all_tasks.high]
+def less_ours(cells: list[dict[str, Any]], all_cells: list[dict[str, Any]]) -> Difference | None:
+    """How much better than learned gates of as many operations some cells of one kind answer the same documents.
+
+    Of a document the mean over seeds counts on both sides. Plans without recovery are compared with ours of the `small`
+    budget. None if one side was not asked, or if the cells are ours.
+    """
+    budget = cells[0]["budget"].replace("none", "small")
+    of_ours = {"method": "l0", "recovery": "ours", "sparsity": cells[0]["sparsity"], "budget": budget}
+    ours = [c for c in all_cells if of_ours.items() <= c.items()]
+    asked_ours, asked = ([c for c in side if "answers" in c] for side in (ours, cells))
+    if not asked_ours or not asked or cells[0] in ours:
+        return None
+    tasks = asked[0]["answers"]
+    parts = [
+        difference(*_of_both([c["answers"][task] for c in asked_ours], [c["answers"][task] for c in asked]))
+        for task in tasks
+    ]
+    return together(parts, [1.0] * len(parts))
 
 
-def _apart(a: str, b: str) -> Difference:
-    """Of the first documents, as far as both were asked."""
-    both = min(len(a), len(b))
-    return difference([int(answer) for answer in a[:both]], [int(answer) for answer in b[:both]])
+def _of_both(*sides: list[str]) -> list[list[float]]:
+    """Mean over seeds for each of the first documents, as far as all were asked."""
+    asked = min(len(answers) for side in sides for answers in side)
+    return [[statistics.mean(int(answers[i]) for answers in side) for i in range(asked)] for side in sides]
 
 
 def _learning(folder: Path, tune: str) -> int:

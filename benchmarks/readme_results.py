@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import quality
 import torch
 from transformers import AutoConfig
 
@@ -204,9 +205,8 @@ def quality_table(found: dict[str, Any]) -> str:
             middle = f"{unit * statistics.mean(values):,.{digits}f}" if values else ""
             ends = f" ({unit * min(values):,.{digits}f} to {unit * max(values):,.{digits}f})" if len(values) > 1 else ""
             shown.append(middle + ends)
-        of_seeds = sorted(cells, key=lambda cell: cell["seed"])
-        paired = [cell["suite_minus_ours"] for cell in of_seeds if "suite_minus_ours" in cell][:1]
-        shown += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in values)) for values in paired] or [""]
+        less = quality.less_ours(cells, found["cells"])
+        shown.append(f"{100 * less.difference:+.1f} [{100 * less.low:+.1f}, {100 * less.high:+.1f}]" if less else "")
         operations = statistics.mean(cell["flops"] for cell in cells)
         return f"| {name} | {operations:.1e} | {len(cells)} | {' | '.join(shown)} |"
 
@@ -227,8 +227,8 @@ def quality_table(found: dict[str, Any]) -> str:
         lines.append(row(f"{100 * sparsity:.0f} % | {title} | {RECOVERIES[recovery]}", groups[key]))
     versions = found["versions"]
     text = (
-        "Mean (smallest to largest); less ours: answers to the same documents less those of Compresso at the same "
-        "budget, 95 % interval, the first seed that has both; "
+        "Mean (smallest to largest); less ours: answers to the same documents less those of Compresso with as many "
+        "operations (3e14 for plans without recovery), the mean of all seeds, 95 % interval of documents; "
         f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
     return "\n".join([*lines, "", text])

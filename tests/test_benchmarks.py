@@ -57,28 +57,27 @@ def test_the_papers_tables(tmp_path):
     assert "60.00" not in data + prompt + recovery, "the dense model belongs to none of them"
 
 
-def test_tasks_are_paired_with_ours_of_the_same_size_budget_and_seed():
-    def cell(method, seed, answers, sparsity=0.2):
-        figures = {"method": method, "sparsity": sparsity, "recovery": "ours", "budget": "small", "seed": seed}
+def test_tasks_are_paired_with_ours_of_the_same_size_and_budget():
+    def cell(method, seed, answers, sparsity=0.2, budget="small"):
+        figures = {"method": method, "sparsity": sparsity, "budget": budget, "seed": seed}
+        figures |= {"recovery": "none" if budget == "none" else "ours"}
         figures |= {"flops": 1e14, "instruction_loss": 2.0, "wikitext2_ppl": 40.0, "c4_ppl": 50.0}
         return figures | ({"answers": {"piqa": answers}, "suite": answers.count("1") / len(answers)} if answers else {})
 
-    cells = [
-        cell("l0", 0, "1" * 40),
-        cell("l0", 1, "10" * 20),
-        cell("wanda", 1, "1" * 30 + "0" * 10),
-        cell("wanda", 2, "0" * 30),
-        cell("flap", 0, ""),
-        cell("flap", 0, "1" * 40, sparsity=0.3),
-    ]
-    quality.pair(cells)
-    differences = {(c["method"], c["seed"]): c["suite_minus_ours"] for c in cells if "suite_minus_ours" in c}
-    assert set(differences) == {("wanda", 1), ("wanda", 2)}, "not ours, nor what has no partner"
-    assert differences["wanda", 1][0] == pytest.approx(0.25), "seed 1 of ours"
-    assert differences["wanda", 2][0] == -1.0, "without that seed the first, as far as both were asked"
-    dense = {"method": "dense", "seed": 0, **{key: 0.0 for key in ("sparsity", "flops", "instruction_loss")}}
+    ours = [cell("l0", 0, ""), cell("l0", 1, "1" * 40), cell("l0", 2, "10" * 20)]
+    wanda = [cell("wanda", 1, "1" * 30 + "0" * 10), cell("wanda", 2, "0" * 30), cell("wanda", 3, "")]
+    flap = [cell("flap", 0, "0" * 20 + "1" * 20, budget="none")]
+    without, elsewhere = [cell("taylor", 0, "")], [cell("flap", 0, "1" * 40, sparsity=0.3)]
+    cells = [*ours, *wanda, *flap, *without, *elsewhere]
+    assert quality.less_ours(wanda, cells).difference == pytest.approx(0.5 - 0.75), (
+        "seeds' means, as far as all were asked"
+    )
+    assert quality.less_ours(flap, cells).difference == pytest.approx(0.5 - 0.75), "plans alone with ours of `small`"
+    assert [quality.less_ours(group, cells) for group in (ours, without, elsewhere)] == [None] * 3
+    dense = {"method": "dense", "seed": 0, "recovery": "none", "budget": "none"}
+    dense |= {key: 0.0 for key in ("sparsity", "flops", "instruction_loss")}
     dense |= {"wikitext2_ppl": 26.0, "c4_ppl": 36.0}
     table = readme_results.quality_table(
         {"cells": [dense, *reversed(cells)], "versions": {"torch": "2", "transformers": "5"}},
     )
-    assert "| 37.5 (0.0 to 75.0) | +25.0 [" in table
+    assert "| 37.5 (0.0 to 75.0) | -25.0 [" in table
