@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from compresso import checkpoint as checkpoints
 from compresso.cli import main
-from compresso.config import PruneConfig, read_yaml
+from compresso.config import PRESETS, STEPS, PruneConfig, changed, read_yaml
 from tiny import tiny_model
 
 QUICK = ["--steps", "4", "--recover-steps", "1", "--batch-size", "4", "--device", "cpu", "--prompt", "short"]
@@ -209,6 +210,30 @@ def test_flags_override_the_file_and_print_config_shows_the_result(capsys, tmp_p
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     config = PruneConfig(**read_yaml(tmp_path / "printed.yaml"))
     assert (config.target_sparsity, config.steps, config.units) == (0.4, 7, ("kv_group", "hidden"))
+
+
+@pytest.mark.parametrize(
+    ("of_file", "args", "steps"),
+    [
+        ("", ["--preset", "fast"], PRESETS["fast"]),
+        ("", ["--preset=best", "--steps", "9"], (9, PRESETS["best"][1])),
+        ("preset: best", [], PRESETS["best"]),
+        ("steps: 7", [], (7, PRESETS["default"][1])),
+        ("steps: 7\nrecover_steps: 8", ["--preset", "best"], PRESETS["best"]),
+    ],
+)
+def test_the_preset_on_the_command_line_sets_the_steps(capsys, tmp_path, of_file, args, steps):
+    (tmp_path / "c.yaml").write_text(of_file or "seed: 1")
+    assert main(["prune", "--config", str(tmp_path / "c.yaml"), *args, "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["steps"], printed["recover_steps"]) == steps
+
+
+def test_a_preset_takes_the_place_of_former_steps():
+    before = vars(PruneConfig(steps=7, recover_steps=8))
+    assert [changed(before, {"preset": "fast"})[name] for name in STEPS] == [-1, -1]
+    assert [changed(before, {"seed": 1})[name] for name in STEPS] == [7, 8]
+    assert [changed(before, {"preset": "fast", "steps": 9})[name] for name in STEPS] == [9, -1]
 
 
 def test_unknown_commands_and_flags(capsys):

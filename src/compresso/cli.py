@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from compresso.config import EvaluateConfig, PruneConfig, nearest, read_yaml
+from compresso.config import STEPS, EvaluateConfig, PruneConfig, nearest, read_yaml
 from compresso.flags import flags_of
 from compresso.stopping import INTERRUPTED, TERMINATED, Stopped, Terminated, raise_on_sigterm
 
@@ -152,10 +152,15 @@ def _settings_of_prune(args: list[str], prog: str, description: str) -> PruneCon
     """What a file named by --config says, and in its place what the flags say."""
     args, path = _take(args, "--config", True)
     flags = flags_of(PruneConfig)
+    of_file = read_yaml(path) if path is not None else {}
     try:
-        default = flags(**vars(PruneConfig(**(read_yaml(path) if path is not None else {}))))
+        checked = vars(PruneConfig(**of_file))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    steps = dict.fromkeys(STEPS, -1)
+    if not any(arg.partition("=")[0] == "--preset" for arg in args):
+        steps |= {name: checked[name] for name in STEPS if name in of_file}
+    default = flags(**checked | steps)
     listed = _listed(args, ("--also", "--units", "--lora-targets"))
     return PruneConfig(**vars(tyro.cli(flags, args=listed, default=default, prog=prog, description=description)))
 

@@ -19,6 +19,7 @@ from compresso.widths import Widths, parse
 
 PRESETS = {"fast": (75, 225), "default": (300, 900), "best": (1500, 4500)}
 """Steps of pruning and of recovery; a quarter for gates is no worse than half (LOG.md, 2026-11-27)."""
+STEPS = ("steps", "recover_steps")
 VOCABULARY = "vocab"  # a unit that no gate decides on
 LARGEST_YAML = 100_000  # bytes
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -103,7 +104,8 @@ class PruneConfig:
     """How long to learn, in steps of pruning and of recovery: fast 75 and 225, default 300 and 900, best 1,500 and
     4,500. With records of 256 tokens in batches of 8, that is at most 0.6, 2.5 or 12 M tokens of records."""
     steps: int = -1
-    """Optimizer steps of pruning: without gates, then the ramp of the target, then the hold; -1: as the preset says."""
+    """Optimizer steps of pruning: without gates, then the ramp of the target, then the hold; -1: as the preset says.
+    Steps that a file of --config gives count unless --preset is given beside it."""
     lora_only: float = 0.1
     """Share of the steps before gates act."""
     hold: float = 0.35
@@ -173,7 +175,7 @@ class PruneConfig:
             object.__setattr__(self, "units", ())
         object.__setattr__(self, "also", _numbers("also", self.also))
         self._check_types()
-        for name, preset in zip(("steps", "recover_steps"), PRESETS[self.preset], strict=True):
+        for name, preset in zip(STEPS, PRESETS[self.preset], strict=True):
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, preset)
         self._check_target()
@@ -353,6 +355,12 @@ class EvaluateConfig:
     @property
     def folder(self) -> Path | None:
         return Path(self.data_dir) if self.data_dir is not None else None
+
+
+def changed(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others in their place; a new preset also takes the place of former steps."""
+    as_preset = dict.fromkeys(STEPS, -1) if "preset" in by else {}
+    return {**settings, **as_preset, **by}
 
 
 def _numbers(name: str, given: Any) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from compresso import checkpoint, progress, savepoints, setbacks, tuning, vocabu
 from compresso import plan as plans
 from compresso.adapters import factors, inside, merge
 from compresso.chat import answer
-from compresso.config import VOCABULARY, PruneConfig, nearest_path, read_yaml
+from compresso.config import VOCABULARY, PruneConfig, changed, nearest_path, read_yaml
 from compresso.cost import measure_costs
 from compresso.extract import extract
 from compresso.few_shapes import few_widths
@@ -54,7 +54,7 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     the checkpoint or the data is raised, as FileNotFoundError or ValueError, before the
     run folder is touched; stopping.Stopped tells what a run that ended early has kept.
     """
-    config = replace(config, **settings) if config else PruneConfig(**settings)
+    config = PruneConfig(**changed(vars(config) if config else {}, settings))
     bench = prepare(config)
     with alone_in(bench.folder):
         return _to_the_end(bench, _prune)
@@ -138,7 +138,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
                 f"cut. `compresso doctor {folder}` tells what can be continued"
             )
     of_run = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
-    if not replace(of_run, **settings).recover_steps:
+    if not PruneConfig(**changed(vars(of_run), settings)).recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do; say how many (--recover-steps 600)")
     now = Progress(doing="recover", settings=settings, further=further)
     with alone_in(folder):
@@ -155,7 +155,7 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) -> Workbench:
     """The smaller model of a run, with all that its recovery needs; `begins` if it is not one that goes on."""
     folder = Path(of_run.output)
-    config = replace(of_run, **now.settings)
+    config = PruneConfig(**changed(vars(of_run), now.settings))
     summary = _read_summary(folder)
     base = folder / "cut"
     if now.further:  # the model that it starts from is replaced before it is done
