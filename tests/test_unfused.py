@@ -8,6 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import compresso
 from compresso import plan as plans
+from compresso.config import PruneConfig
+from compresso.estimate import estimate
+from compresso.export import shapes_at
+from compresso.shape import count_prunable
 from compresso.streamed import extract_files
 from test_extract import logits
 from tiny import QUICK, random_plan, tiny_model
@@ -70,6 +74,26 @@ def test_reading_it_from_file_to_file_is_refused(tokenizer, finished_plan, tmp_p
     phi3().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="taken apart when it is loaded whole"):
         extract_files(str(tmp_path / "dense"), finished_plan, tmp_path / "out")
+
+
+def test_it_is_estimated_as_the_mistral(tokenizer, tmp_path):
+    phi3().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = compresso.load(tmp_path)
+    found = estimate(PruneConfig(model=str(tmp_path)))
+    assert (found.parameters, found.prunable) == (sum(p.numel() for p in loaded.parameters()), count_prunable(loaded))
+    with pytest.raises(ValueError, match="taken apart when it is loaded whole"):
+        estimate(PruneConfig(model=str(tmp_path), precision="4bit"))
+
+
+def test_what_loads_it_is_told_from_its_config(tokenizer, tmp_path):
+    phi3().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    shapes = shapes_at(str(tmp_path))
+    loaded, _ = compresso.load(tmp_path)
+    assert {name: p.shape for name, p in shapes.named_parameters()} == {
+        name: p.shape for name, p in loaded.named_parameters()
+    }
 
 
 def test_it_is_pruned_into_a_mistral(tokenizer, data, tmp_path):

@@ -20,7 +20,8 @@ from compresso.mixtures import idle
 from compresso.prepare import with_units
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
-from compresso.streamed import shapes_of
+from compresso.streamed import refuse_fused, shapes_of
+from compresso.unfused import taken_apart
 from compresso.workbench import compute_dtype
 
 CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
@@ -236,6 +237,9 @@ def _look(config: PruneConfig) -> tuple[PreTrainedConfig, int]:
         architecture = checkpoint.read_gguf_config(Path(place))
     else:
         architecture, _ = checkpoint.read_config(place)
+    if config.sharded or config.precision == "4bit":
+        refuse_fused(config.model, architecture.model_type)
+    architecture = taken_apart(architecture)
     family_of(architecture.model_type)
     prompt = find_prompt(config.prompt, config.prompt_format)
     try:

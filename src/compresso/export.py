@@ -25,7 +25,7 @@ from compresso.padding import alike, check_experts, largest, pad, padded_config,
 from compresso.prompts import find_prompt
 from compresso.shape import LayerShape, describe
 from compresso.streamed import shapes_of
-from compresso.unfused import UNFUSED
+from compresso.unfused import taken_apart
 from compresso.workbench import console, release_memory, status
 
 AutoConfig.register("nemotron-nas", nemotron_nas.DeciLMConfig)
@@ -118,8 +118,7 @@ def shapes_at(place: str) -> PreTrainedModel | None:
     """The model of a checkpoint as shapes; None where only its weights tell them."""
     if place.endswith(".gguf"):
         return None
-    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    return None if config.model_type in UNFUSED else shapes_of(config)
+    return shapes_of(taken_apart(AutoConfig.from_pretrained(place, trust_remote_code=False)))
 
 
 def show(facts: dict[str, Any], output: str) -> None:

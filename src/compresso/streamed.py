@@ -137,6 +137,15 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
     return write_cut(place, plan, folder, prompt, model)
 
 
+def refuse_fused(model: str, model_type: str) -> None:
+    """Raise ValueError for a family whose matrices are taken apart when it is loaded."""
+    if model_type in UNFUSED:
+        raise ValueError(
+            f"{model} is a {model_type}, which is taken apart when it is loaded whole; reading it from file to file "
+            "(--sharded, --precision 4bit, `compresso extract`) is not possible"
+        )
+
+
 def folder_of(model: str) -> Path:
     """The folder of a checkpoint's safetensors, fetched from the hub if need be. Raises as `checkpoint.find`."""
     if model.endswith(".gguf") or model == "demo":
@@ -144,12 +153,7 @@ def folder_of(model: str) -> Path:
             f"{model} is no folder with safetensors; `compresso prune` reads it in one process, and writes one"
         )
     place = Path(checkpoint.find(model))
-    model_type = AutoConfig.from_pretrained(str(place), trust_remote_code=False).model_type
-    if model_type in UNFUSED:
-        raise ValueError(
-            f"{model} is a {model_type}, which is taken apart when it is loaded whole; reading it from file to file "
-            "(--sharded, --precision 4bit, `compresso extract`) is not possible"
-        )
+    refuse_fused(model, AutoConfig.from_pretrained(str(place), trust_remote_code=False).model_type)
     return checkpoint.fetched(str(place))
 
 

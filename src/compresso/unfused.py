@@ -8,29 +8,36 @@ from collections.abc import Callable, Iterator
 import torch
 import transformers
 from torch import Tensor
-from transformers import MistralConfig, PreTrainedModel
+from transformers import MistralConfig, PreTrainedConfig, PreTrainedModel
 
 
-def phi3(model: PreTrainedModel) -> PreTrainedModel:
-    """A new Mistral with the weights of a Phi-3, in the same dtype.
+def taken_apart(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of what a model is turned into when it is loaded: its own, or of a Phi-3 that of the Mistral.
 
-    Raises ValueError if it rotates only a part of each head (Phi-4-mini), which Mistral cannot.
+    Raises ValueError if a Phi-3 rotates only a part of each head (Phi-4-mini), which Mistral cannot.
     """
-    config = model.config
+    if config.model_type not in UNFUSED:
+        return config
     part = config.rope_parameters.get("partial_rotary_factor", 1.0)
     if part != 1:
         raise ValueError(f"this phi3 rotates only {part:g} of each head, and no family that can be pruned does that")
     known = MistralConfig().to_dict()
     settings = {key: value for key, value in config.to_dict().items() if key in known and key != "model_type"}
-    settings["head_dim"] = head_dim = config.hidden_size // config.num_attention_heads
+    settings["head_dim"] = config.hidden_size // config.num_attention_heads
     settings["rope_parameters"] = {
         key: value for key, value in config.rope_parameters.items() if key != "partial_rotary_factor"
     }
     if settings["rope_parameters"]["rope_type"] != "default":
         settings["rope_parameters"]["original_max_position_embeddings"] = config.original_max_position_embeddings
-    groups = config.num_key_value_heads * head_dim
+    return MistralConfig(**settings)
+
+
+def phi3(model: PreTrainedModel) -> PreTrainedModel:
+    """A new Mistral with the weights of a Phi-3, in the same dtype. Raises as `taken_apart`."""
+    config = taken_apart(model.config)
+    groups = config.num_key_value_heads * config.head_dim
     sizes = {
-        "self_attn.qkv_proj": [config.num_attention_heads * head_dim, groups, groups],
+        "self_attn.qkv_proj": [config.num_attention_heads * config.head_dim, groups, groups],
         "mlp.gate_up_proj": [config.intermediate_size] * 2,
     }
     names = {
@@ -49,7 +56,7 @@ def phi3(model: PreTrainedModel) -> PreTrainedModel:
 
     with torch.no_grad():
         unfused = transformers.MistralForCausalLM.from_pretrained(
-            None, config=MistralConfig(**settings), state_dict=dict(apart()), dtype=model.dtype
+            None, config=config, state_dict=dict(apart()), dtype=model.dtype
         )
     unfused.generation_config = model.generation_config
     return unfused.eval()
