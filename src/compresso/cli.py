@@ -91,7 +91,7 @@ ESTIMATE = """\
 Tell what a run needs before it is started, from the model's config alone: memory by part, steps, tokens, hours.
 
   compresso estimate --model ./my-llama --gpu-memory 24
-  compresso estimate --config configs/llama-3.1-70b-20.yaml --gpus 8 --gpu-memory 80 --teraflops 200
+  compresso estimate --config configs/llama-3.1-70b-20.yaml --model configs/architectures/llama-3.1-70b --gpus 8
   compresso estimate --model ./my-llama --method wanda --refit --recover-steps 600
 
 It takes every setting of `compresso prune` (`compresso prune --help` lists them) besides those below.
@@ -250,7 +250,7 @@ def _compare(args: list[str]) -> None:
             first: Run folder, checkpoint folder, .gguf file or hub id.
             second: Another one.
             message: What to ask, one message or several.
-            prompt: Collaborative prompt for both instead of the stored ones: long, middle, short, none, or a file.
+            prompt: Instead of the stored ones, for both: long, long-past, middle, short, none, or a file.
             max_new_tokens: Longest answer, in tokens.
         """
         return first, second, message, prompt, max_new_tokens
@@ -311,7 +311,7 @@ def _export(args: list[str]) -> None:
             to: Form: stock, padded, hf, nemotron-nas, gguf or onnx.
             output: Folder to write.
             type: Numbers of a GGUF file's matrices: f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.
-            check: Print which runtimes load the model, and write nothing.
+            check: Print which runtimes load the model, and keep it in its compatibility.json; nothing is exported.
         """
         return run, to, output, type, check
 

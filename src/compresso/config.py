@@ -70,7 +70,7 @@ class PruneConfig:
     """Records that scores are measured on."""
     own_texts: int = 64
     """Texts that the model writes itself, on which l0's start and `--method fisher` look as well: they show what the
-    records do not ask for. 0 leaves them out."""
+    records do not ask for. 0 leaves them out, as split and 4-bit weights do."""
     kept_gates: Literal["auto", "soft", "binary"] = "auto"
     """Value of kept gates: soft values folded into weights, 1, or whichever measures better."""
 
@@ -140,7 +140,8 @@ class PruneConfig:
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Modules that get LoRA, comma-separated (the paper: q_proj,v_proj); all-linear: every matrix of a layer."""
     shrink: bool = True
-    """Cut units that are closed for good out of the model while it still learns; late steps are cheaper."""
+    """Cut units that are closed for good out of the model while it still learns; late steps are cheaper. Not with equal
+    widths (--shape), split or 4-bit weights, nor with LoRA and --distill."""
     sharded: bool = False
     """Split the frozen weights over the processes of the launch (FSDP2), for models that one GPU cannot hold."""
     gradient_checkpointing: bool = False
