@@ -151,7 +151,7 @@ def test_a_method_that_trains_nothing_needs_what_its_look_at_records_takes(metho
     batch = Batch(torch.arange(0), ids, ids, 120, before_targets(ids))
     with _Live(model) as live:
         if method == "taylor2":
-            kept = weight_gradients(model, [batch], scores._matrices(model))
+            kept = weight_gradients(model, [*batch.rows()], scores._matrices(model), squares=True)
         elif method == "fisher":
             kept = gate_gradients(model, [batch])
         else:

@@ -1,7 +1,7 @@
 """From scores to a Plan: how much goes where.
 
 `uniform` takes the same share from every layer, as most published methods do; `standardised` makes scores of different
-layers and kinds comparable, so that one threshold serves for all (FLAP, arXiv 2312.11983, section 3.3).
+layers and kinds comparable, so that one threshold serves for all.
 """
 
 import itertools

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compresso.batches import IGNORE, Batch, batches
 from compresso.families import family_of
 from compresso.masks import Gates
-from compresso.records import Source, similar_lengths
+from compresso.records import Source
 from compresso.shape import describe, has
 from compresso.streams import mixed
 from compresso.train import hidden_before_targets, operations, recomputed, target_loss
@@ -47,21 +47,22 @@ class Moments:
         return (self.squares / self.tokens - self.mean.square()).clamp(min=0)
 
 
-def calibration_batches(bench: Workbench, backward: bool = False, alone: bool = False) -> list[Batch]:
+def calibration_batches(
+    bench: Workbench, backward: bool = False, alone: bool = False, single: bool = False
+) -> list[Batch]:
     """The first records of the run's data, `calibration_records` of them, with the prompt of a dense model.
 
-    `alone`: without the prompt, and with nothing that rows share. The run's account is charged with a pass over them,
-    or with a backward one too.
+    `alone`: without the prompt, and with nothing that rows share; `single`: each record a batch of its own. The run's
+    account is charged with a pass over them, or with a backward one too.
     """
     config = bench.config
-    rows = min(AT_ONCE, -(-config.batch_size // config.accumulation))
+    rows = min(AT_ONCE, -(-config.batch_size // (config.accumulation * bench.progress.accumulation)))
     there = [len(source.records) for source in bench.sources if isinstance(source, Source)]
     count = min([config.calibration_records, *([sum(there)] if there else [])])
-    groups = similar_lengths(mixed(bench.sources, config.seed), AT_ONCE, 4, config.seed, bench.encoder.lengths)
+    records = [*itertools.islice(mixed(bench.sources, config.seed), count)]
     prompt = replace(bench.prompt, name="none", body="") if alone else bench.prompt_at(0.0)
-    taken = itertools.islice(groups, -(-count // AT_ONCE))
-    parts = [part for group in taken for part in batches(group, bench.encoder, prompt, -(-AT_ONCE // rows))]
-    given = [(part.unshared() if alone else part).to(bench.accelerator.device) for part in parts]
+    parts = batches(records, bench.encoder, prompt, count if single else -(-count // rows))
+    given = [(part.unshared() if alone or single else part).to(bench.accelerator.device) for part in parts]
     tokens = sum(batch.computed for batch in given)
     bench.spend("calibration", operations(bench.model, tokens, 3 if backward else 1))
     return given
@@ -170,17 +171,20 @@ def input_moments(model: PreTrainedModel, given: Sequence[Batch], gram: bool = F
     return found
 
 
-def output_norms(model: PreTrainedModel, given: Sequence[Batch], paths: Sequence[str]) -> dict[str, Tensor]:
-    """Mean over tokens of the absolute outputs of these modules, the root of its squares' sum over batches: (out,).
+def record_norms(
+    model: PreTrainedModel, given: Sequence[Batch], measures: dict[str, Callable[[Tensor, Tensor], Tensor]]
+) -> dict[str, Tensor]:
+    """Mean over a record's tokens of what a measure makes of a module's inputs and outputs (N, n), the root of its
+    squares' sum over records: (n,), by the module's path. Each batch must hold one record.
 
     The aggregation of Minitron (arXiv 2407.14679, section 2.2): mean along the sequence, norm along the batch.
     """
     found: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor, out: Tensor) -> None:
-        found[name] = found.get(name, 0) + out.float().abs().mean(0).square()
+        found[name] = found.get(name, 0) + measures[name](x.float(), out.float()).mean(0).square()
 
-    _watch(model, given, {path: model.get_submodule(path) for path in paths}, see)
+    _watch(model, given, {path: model.get_submodule(path) for path in measures}, see)
     return {name: value.sqrt() for name, value in found.items()}
 
 
@@ -215,12 +219,15 @@ def _learning_only(model: PreTrainedModel, names: Collection[str]) -> Iterator[N
 
 
 def weight_gradients(
-    model: PreTrainedModel, given: Sequence[Batch], names: Sequence[str]
+    model: PreTrainedModel, given: Sequence[Batch], names: Sequence[str], squares: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of the mean loss with respect to these parameters, and the means over batches of their squares."""
+    """Gradients of the mean loss with respect to these parameters, and with `squares` the means over batches of their
+    squares."""
     parameters = {name: model.get_parameter(name) for name in names}
-    first = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    second = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    first, second = (
+        {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()} if wanted else {}
+        for wanted in (True, squares)
+    )
     with _learning_only(model, parameters):
         for batch in followed(given):
             (target_loss(model, batch) / max(batch.targets, 1)).backward()
@@ -228,7 +235,8 @@ def weight_gradients(
                 if p.grad is not None:
                     gradient = p.grad.float()
                     first[name] += gradient / len(given)
-                    second[name] += gradient.square() / len(given)
+                    if squares:
+                        second[name] += gradient.square() / len(given)
                 p.grad = None
     return first, second
 

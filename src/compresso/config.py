@@ -21,6 +21,13 @@ PRESETS = {"fast": (75, 225), "default": (300, 900), "best": (1500, 4500)}
 """Steps of pruning and of recovery; a quarter for gates is no worse than half (LOG.md, 2026-11-27)."""
 STEPS = ("steps", "recover_steps")
 VOCABULARY = "vocab"  # a unit that no gate decides on
+SCORED = {
+    **dict.fromkeys(("random", "magnitude", "taylor", "taylor2", "fisher"), (*UNITS[:2], "expert")),
+    **dict.fromkeys(("wanda", "flap"), UNITS[:2]),
+    "minitron": UNITS[:3],
+    "shortgpt": ("attention", "mlp"),
+}
+"""Units that a method knows, where it does not know all."""
 LARGEST_YAML = 100_000  # bytes
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4, which YAML takes for a text

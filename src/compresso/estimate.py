@@ -28,8 +28,9 @@ CHARACTERS_A_TOKEN = 5  # of the prompts, where there is no tokenizer to ask
 GATHERED = 3  # layers that FSDP2 holds whole: the one that runs, the next, and a copy while one is put together
 LASTING = ("adapters", "float32 copies", "optimizer", "sums of gradients", "Gram matrices")  # parts of a step's memory
 GAPS = 0.34  # of a step's memory on a CPU: measured for two shapes, checked on a third (LOG.md, 2026-11-25)
-PASSES = {"wanda": 1, "flap": 1, "shortgpt": 1, "minitron": 2, "taylor": 3, "taylor2": 3}
+PASSES = {"wanda": 1, "flap": 1, "shortgpt": 1, "minitron": 1, "taylor": 3, "taylor2": 3}
 """Over the records of calibration; a backward one counts as two."""
+SINGLE = ("minitron", "taylor2")  # methods that look at records one by one
 BITS = 4.127  # of an NF4 number with its scales (QLoRA, arXiv 2305.14314, section 3)
 
 
@@ -128,10 +129,14 @@ def calibration_tokens(config: PruneConfig, prompt_tokens: int) -> int:
         return 0
     records, together = config.calibration_records, min(AT_ONCE, rows_together(config))
     if config.method in ("l0", "fisher"):
-        own = 0 if config.sharded else config.own_texts
+        own = 0 if config.sharded or config.precision == "4bit" else config.own_texts
         return 3 * records * config.max_length + 4 * own * OWN_LENGTH
-    passes = PASSES.get(config.method, 0) + config.refit
-    return passes * (records * config.max_length + -(-records // together) * prompt_tokens)
+
+    def tokens(rows: int) -> int:
+        return records * config.max_length + -(-records // rows) * prompt_tokens
+
+    passes = PASSES.get(config.method, 0)
+    return passes * tokens(1 if config.method in SINGLE else together) + config.refit * tokens(together)
 
 
 def _looking(
@@ -143,14 +148,17 @@ def _looking(
     cpu: bool,
 ) -> dict[str, int]:
     """Bytes beyond the weights while a method that trains nothing looks at records, by part."""
-    config = replace(config, batch_size=min(AT_ONCE, rows_together(config)), accumulation=1)
+    refitted = replace(config, batch_size=min(AT_ONCE, rows_together(config)), accumulation=1)
+    config = replace(refitted, batch_size=1) if config.method in SINGLE else refitted
     found = {}
     if config.method in ("taylor", "taylor2", "fisher"):
         step = training_memory(architecture, dtype, replace(config, tune="full", distill=0.0), prompt_tokens, cpu)
         found = {"activations": step["activations"], "logits and backward": step["logits and backward"]}
-        if config.method != "fisher":  # of every weight, and float32 sums of it and of its square
-            found |= {"gradients": step["gradients"], "sums of gradients": 8 * count_prunable(whole)}
+        if config.method != "fisher":  # of every weight, and float32 sums of it, of the second order also of its square
+            sums = (8 if config.method == "taylor2" else 4) * count_prunable(whole)
+            found |= {"gradients": step["gradients"], "sums of gradients": sums}
     elif config.method in PASSES or config.refit:
+        config = refitted if config.refit else config
         found = {"activations": forward_memory(architecture, dtype, config, prompt_tokens, cpu)}
     if config.refit:
         found["Gram matrices"] = 4 * sum(width**2 for width in _input_widths(whole))

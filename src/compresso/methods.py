@@ -32,8 +32,6 @@ def one_shot(
     """
     config, shape = bench.config, describe(bench.model)
     found = {unit: values for unit, values in score(bench).items() if unit in config.gates}
-    if not found:
-        raise ValueError(f"--method {config.method} knows no unit of --units {','.join(config.gates)}")
     allocation = allocation if config.allocation == "auto" else config.allocation
     rules = config.widths
     if rules.uniform or allocation == "local":
@@ -50,7 +48,7 @@ def one_shot(
 def flap(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     """Fluctuation, one threshold for all layers, and the mean of what was removed as a bias (arXiv 2312.11983)."""
     moments = input_moments(bench.model, calibration_batches(bench))
-    model, plan = one_shot(bench, partial(scores.flap, moments=moments), "global")
+    model, plan = one_shot(bench, partial(scores.flap, moments=moments), "global", comparable=True)
     if not add_biases(model, plan, {path: found.mean for path, found in moments.items()}):
         console.print(f"{model.config.model_type} has no place for FLAP's biases; its units are removed without them.")
     return model, plan

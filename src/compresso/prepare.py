@@ -24,8 +24,8 @@ from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, 
 from compresso.adapters import linear_names
 from compresso.batches import Encoder
 from compresso.calibration import check_inputs
-from compresso.config import VOCABULARY, PruneConfig, nearest
-from compresso.families import family_of
+from compresso.config import SCORED, VOCABULARY, PruneConfig, nearest
+from compresso.families import UNITS, family_of
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
@@ -306,9 +306,17 @@ def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     if config.refit or config.method in ("wanda", "flap", "minitron"):
         check_inputs(model_type)
     default = not config.units
+    if config.method == "shortgpt" and config.gates == UNITS[:2]:  # takes whole layers, whatever the default is
+        config = replace(config, units=(*SCORED["shortgpt"], *(u for u in config.units if u == VOCABULARY)))
     config = replace(config, units=config.units or config.gates)
+    scored = SCORED.get(config.method, UNITS)
+    if unknown := [unit for unit in config.gates if unit not in scored]:
+        raise ValueError(
+            f"--method {config.method} does not tell which {unknown[0]} may go; it knows {', '.join(scored)}. Leave "
+            f"{', '.join(unknown)} out of --units, or use --method l0"
+        )
     if family.router:
-        units = (*config.units, "expert") if default else config.units
+        units = (*config.units, "expert") if default and "expert" in scored else config.units
         config = replace(config, units=units, round_to=math.lcm(config.round_to, family.multiple))
         told = f"{model_type}: {', '.join(units)} are removed; widths are multiples of {config.round_to}"
         console.print(told, markup=False, highlight=False)
@@ -331,7 +339,15 @@ def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
 def _check_target(config: PruneConfig, shape: ModelShape) -> None:
     """Let the plan's own rules speak before hours of training, on made-up scores."""
     scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.gates}
-    allocation.decide(shape, scores, config.target_sparsity, config.widths)
+    for target in (*config.also, config.target_sparsity):
+        allocation.decide(shape, scores, target, config.widths)
+    if config.method == "shortgpt":
+        layers = torch.zeros(len(shape.layers))
+        if not allocation.whole_layers(shape, layers, config.target_sparsity).sparsity:
+            raise ValueError(
+                f"a layer is {1 / len(layers):.3f} of the prunable parameters, and the nearest that --method shortgpt "
+                f"can remove to {config.target_sparsity} is nothing; ask for more, or use another --method"
+            )
 
 
 def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:

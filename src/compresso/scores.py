@@ -5,6 +5,7 @@ Every function takes the workbench and gives, for each kind of unit that it know
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from transformers import PreTrainedModel
 from compresso.calibration import (
     Moments,
     calibration_batches,
+    check_inputs,
     input_moments,
-    output_norms,
     output_paths,
+    record_norms,
     weight_gradients,
 )
-from compresso.families import Family, family_of
+from compresso.families import UNITS, Family, family_of
 from compresso.shape import describe, has
 from compresso.workbench import Workbench
 
@@ -47,12 +49,20 @@ def wanda(bench: Workbench) -> Scores:
 
 
 def flap(bench: Workbench, moments: dict[str, Moments] | None = None) -> Scores:
-    """Fluctuation: variance of an input times the squared norm of its column (WIFV, arXiv 2312.11983, equation 5)."""
+    """Fluctuation: variance of an input times the squared norm of its column (WIFV, arXiv 2312.11983, equation 5).
+
+    As in the published code that of attention is squared, all are standardised over the columns of their layer, and a
+    group has the mean of its columns. So scores compare between layers and kinds (section 3.3).
+    """
 
     def score(weight: Tensor, moments: Moments) -> Tensor:
         return weight.square().sum(0) * moments.variance
 
-    return _of_columns(bench, score, moments)
+    def standardised(unit: str, columns: Tensor) -> Tensor:
+        values = columns.double().square() if unit == "kv_group" else columns.double()
+        return ((values - values.mean()) / values.std().clamp(min=torch.finfo().tiny)).float()
+
+    return _of_columns(bench, score, moments, standardised)
 
 
 def taylor(bench: Workbench) -> Scores:
@@ -62,8 +72,10 @@ def taylor(bench: Workbench) -> Scores:
 
 
 def taylor_second(bench: Workbench) -> Scores:
-    """Second order: |w dL/dw - w^2 h / 2|, h the mean square of the gradient (LLM-Pruner's `param_mix`, eq. 5)."""
-    first, second = weight_gradients(bench.model, calibration_batches(bench, backward=True), _matrices(bench.model))
+    """Second order: |w dL/dw - w^2 h / 2|, h the mean square of a record's gradient (LLM-Pruner's `param_mix`,
+    eq. 5)."""
+    given = calibration_batches(bench, backward=True, single=True)
+    first, second = weight_gradients(bench.model, given, _matrices(bench.model), squares=True)
 
     def score(name: str, w: Tensor) -> Tensor:
         return (w.float() * first[name] - w.float().square() * second[name] / 2).abs()
@@ -72,40 +84,49 @@ def taylor_second(bench: Workbench) -> Scores:
 
 
 def minitron(bench: Workbench) -> Scores:
-    """Activations of a head, of an FFN channel, of a hidden channel after the norms (arXiv 2407.14679, section 2.2)."""
+    """Norm of a group's outputs, size of an FFN channel, of a hidden channel after the norms (arXiv 2407.14679, section
+    2.2)."""
     model = bench.model
     family, shape = family_of(model.config.model_type), describe(model)
+    check_inputs(model.config.model_type)
     norms = [
         f"{family.layers}.{i}.{path}"
         for i, layer in enumerate(model.get_submodule(family.layers))
         for path in (family.attention_norms[0], family.mlp_norms[0])
         if has(layer, path)
     ]
-    given = calibration_batches(bench)
-    hidden = torch.stack([*output_norms(model, given, [*norms, family.final_norm]).values()]).sum(0)
-    moments = input_moments(model, calibration_batches(bench))  # another pass, which the account shows
-    parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
-    for i, unit, path in output_paths(model):
-        found = moments[path]
-        if unit == "kv_group":  # the norm of a group's outputs
-            parts[unit].append(found.squares.view(shape.layers[i].num_key_value_heads, -1).sum(1).sqrt())
-        else:
-            parts[unit].append(found.absolute / found.tokens)
-    return {**{unit: torch.cat(values).cpu() for unit, values in parts.items()}, "hidden": hidden.cpu()}
+    places = [*output_paths(model)]
+
+    def group_norms(groups: int, x: Tensor, _: Tensor) -> Tensor:
+        return x.view(len(x), groups, -1).norm(dim=-1)
+
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        path: partial(group_norms, shape.layers[i].num_key_value_heads) if unit == "kv_group" else lambda x, _: x.abs()
+        for i, unit, path in places
+    }
+    measures |= dict.fromkeys([*norms, family.final_norm], lambda _, out: out.abs())
+    found = record_norms(model, calibration_batches(bench, single=True), measures)
+    hidden = torch.stack([found[path] for path in (*norms, family.final_norm)]).sum(0)
+    parts = {of: torch.cat([found[path] for _, unit, path in places if unit == of]) for of in UNITS[:2]}
+    return {unit: values.cpu() for unit, values in {**parts, "hidden": hidden}.items()}
 
 
 def _of_columns(
-    bench: Workbench, score: Callable[[Tensor, Moments], Tensor], moments: dict[str, Moments] | None = None
+    bench: Workbench,
+    score: Callable[[Tensor, Moments], Tensor],
+    moments: dict[str, Moments] | None = None,
+    scaled: Callable[[str, Tensor], Tensor] = lambda unit, columns: columns,
 ) -> Scores:
-    """Scores of the columns of the output matrices, summed over those of a group; moments are measured if need be."""
+    """Scores of the columns of the output matrices, `scaled` for their kind in each layer; of a group the mean of its
+    columns. Moments are measured if need be."""
     model = bench.model
     shape = describe(model)
     moments = moments or input_moments(model, calibration_batches(bench))
     parts: dict[str, list[Tensor]] = {"kv_group": [], "intermediate": []}
     for i, unit, path in output_paths(model):
-        columns = score(model.get_submodule(path).weight.detach().float(), moments[path])
+        columns = scaled(unit, score(model.get_submodule(path).weight.detach().float(), moments[path]))
         if unit == "kv_group":
-            columns = columns.view(shape.layers[i].num_key_value_heads, -1).sum(1)
+            columns = columns.view(shape.layers[i].num_key_value_heads, -1).mean(1)
         parts[unit].append(columns.cpu())
     return {unit: torch.cat(values) for unit, values in parts.items()}
 
