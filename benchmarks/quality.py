@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import compresso
 from compresso import checkpoint, progress, tuning, whole_files
 from compresso.batches import Encoder, batches
@@ -35,7 +33,7 @@ from compresso.few_shapes import few_widths
 from compresso.methods import METHODS
 from compresso.paired import Difference, difference, together
 from compresso.perplexity import mean_loss, perplexity, text_windows, window_nats
-from compresso.prepare import versions
+from compresso.prepare import versions, with_units
 from compresso.prompts import find_prompt
 from compresso.records import read_sources
 from compresso.texts import read_text
@@ -253,9 +251,10 @@ def _learning(folder: Path, tune: str) -> int:
 
 def _doing(folder: Path, config: dict[str, Any]) -> str | None:
     """The command that a run of these settings is in the middle of, or has done last; None if there is no such run."""
-    wanted = yaml.safe_load(PruneConfig(**config).to_yaml())
+    wanted = with_units(PruneConfig(**config), "llama")
     try:
-        return progress.read(folder).doing if read_yaml(folder / "config.yaml") == wanted else None
+        there = PruneConfig(**read_yaml(folder / "config.yaml"))
+        return progress.read(folder).doing if there == wanted else None
     except (FileNotFoundError, ValueError):
         return None
 

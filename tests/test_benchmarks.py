@@ -8,6 +8,9 @@ import pytest
 import quality
 import readme_results
 
+import compresso
+from tiny import QUICK
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -81,3 +84,15 @@ def test_tasks_are_paired_with_ours_of_the_same_size_and_budget():
         {"cells": [dense, *reversed(cells)], "versions": {"torch": "2", "transformers": "5"}},
     )
     assert "| 37.5 (0.0 to 75.0) | -25.0 [" in table
+
+
+def test_a_cell_that_was_begun_goes_on(checkpoint, data, tmp_path):
+    folder = tmp_path / "cell"
+    config = {**QUICK, "model": str(checkpoint), "data": str(data), "output": str(folder), "overwrite": True}
+    config |= {"recover_steps": 0, "method": "wanda"}
+    assert quality._doing(folder, config) is None
+    compresso.prune(**config)
+    assert quality._doing(folder, config) == "prune"
+    assert quality._doing(folder, {**config, "seed": 5}) is None, "of other settings"
+    compresso.recover(str(folder), recover_steps=1)
+    assert quality._doing(folder, config) == "recover"

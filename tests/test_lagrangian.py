@@ -66,6 +66,44 @@ def test_a_shift_keeps_the_order_of_units():
     assert torch.equal(masks.log_alpha["intermediate"].argsort(), order)
 
 
+def ranked_masks():
+    masks = Masks(SHAPE, {"intermediate": 0.0})
+    with torch.no_grad():
+        masks.log_alpha["intermediate"].normal_(2, 2, generator=torch.Generator().manual_seed(0))
+    return masks
+
+
+def test_gates_stay_where_they_are_if_more_is_closed_for_good_than_wanted():
+    """As where a plan on the way closes more than its target, because widths are coarse."""
+    masks = ranked_masks()
+    values = masks.log_alpha["intermediate"]
+    masks.pin_closed("intermediate", values.detach() < values.detach().quantile(0.4))
+    before = values.detach().clone()
+    shift(masks, 0.5 * float(masks.expected_sparsity().detach()))
+    assert torch.equal(values.detach(), before)
+
+
+def test_the_target_waits_for_units_that_are_closed_for_good():
+    masks = ranked_masks()
+    schedule = make_schedule(100, 0.0, 0.0, 0.6, "linear")
+    lagrangian = Lagrangian(schedule, masks)
+    lagrangian.start = 0.0
+    reached = [lagrangian.step(masks, step)[0] for step in range(30)]
+    values = masks.log_alpha["intermediate"]
+    masks.pin_closed("intermediate", values.detach() < values.detach().quantile(0.3))
+    lagrangian.wait_here(masks)
+    closed, before = float(masks.expected_sparsity().detach()), values.detach().clone()
+    assert closed > reached[-1] + 0.02, "what was half open has been closed"
+    rows = [(*lagrangian.step(masks, step), values.detach().clone()) for step in range(30, 100)]
+    loosest = min(float((after - before)[before > -9].max()) for *_, after in rows)
+    assert loosest < 0.1, "nothing is opened to make up for it"
+    for got, target, _ in rows:
+        assert got == pytest.approx(max(target, closed), abs=0.005)
+    restored = Lagrangian(schedule, masks)
+    restored.restore(lagrangian.state())
+    assert restored.floor == lagrangian.floor == pytest.approx(closed)
+
+
 @pytest.mark.parametrize("target", [0.01, 0.1, 0.9])
 def test_the_start_is_almost_open(target):
     a = torch.tensor(initial_log_alpha("intermediate", target))

@@ -181,7 +181,11 @@ def test_repeating_a_recovery_gives_the_same_weights_and_going_further_does_not(
     again = load_file(finished / "model" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
     assert len(rows(finished, "recover")) == 4
-    compresso.recover(str(finished), further=True, recover_steps=2)
+    once = json.loads((finished / "summary.json").read_text())
+    summary = compresso.recover(str(finished), further=True, recover_steps=2)
+    assert summary["operations"]["recover"] == sum(row["operations"] for row in rows(finished, "recover"))
+    assert summary["operations"]["recover"] > once["operations"]["recover"]
+    assert summary["recovery_seconds"] > once["recovery_seconds"], "of both"
     further = load_file(finished / "model" / "model.safetensors")
     assert any(not torch.equal(further[name], tensor) for name, tensor in before.items())
     assert len(rows(finished, "recover")) == 6

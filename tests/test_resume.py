@@ -160,6 +160,12 @@ def test_a_loss_that_diverges_goes_back_once_with_smaller_steps(place, whole, mo
     assert rates == pytest.approx(before[:4] + [rate / 2 for rate in before[4:]])
 
 
+def test_a_recovery_may_go_back_after_the_gates_have(place, monkeypatch):
+    trouble(monkeypatch, {5, 11}, not_a_number)
+    summary = compresso.prune(**place)
+    assert [setback["stage"] for setback in summary["setbacks"]] == ["prune", "recover"]
+
+
 @pytest.mark.parametrize("losses", [not_a_number, lambda losses: tuple(loss * 50 for loss in losses)])
 def test_a_loss_that_diverges_twice_stops(place, monkeypatch, losses):
     trouble(monkeypatch, set(range(5, 100)), losses)

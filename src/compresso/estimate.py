@@ -17,7 +17,7 @@ from compresso.families import family_of
 from compresso.importance import LENGTH as OWN_LENGTH
 from compresso.memory import forward_memory, rows_together, shares_prompt, training_memory
 from compresso.mixtures import idle
-from compresso.prepare import with_units
+from compresso.prepare import check_in_parts, with_units
 from compresso.prompts import find_prompt
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import refuse_fused, shapes_of
@@ -246,6 +246,7 @@ def _look(config: PruneConfig) -> tuple[PreTrainedConfig, int]:
     else:
         architecture, _ = checkpoint.read_config(place)
     if config.sharded or config.precision == "4bit":
+        check_in_parts(config, config.sharded)
         refuse_fused(config.model, architecture.model_type)
     architecture = taken_apart(architecture)
     family_of(architecture.model_type)

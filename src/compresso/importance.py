@@ -16,7 +16,7 @@ from compresso.train import operations
 from compresso.workbench import Workbench
 
 LENGTH = 128  # tokens of a text
-ROWS = 8  # texts that are taken together
+ROWS = 8  # texts that are taken together, until memory runs out
 LEAST = 1e-4  # of the mean: no unit is worth nothing because one of the two kinds of texts never asks for it
 
 
@@ -58,4 +58,5 @@ def _own_texts(bench: Workbench) -> list[Batch]:
     ids = broadcast(write_texts(model, bench.encoder, config.own_texts, length, config.seed))
     bench.spend("calibration", operations(model, ids.numel(), 4))  # written by one pass, and three to learn from
     examples = [Example(row, [IGNORE, *row[1:]]) for row in ids.tolist()]
-    return [collate(examples[i : i + ROWS], context).to(ids.device) for i in range(0, len(examples), ROWS)]
+    rows = max(1, ROWS // bench.progress.accumulation)
+    return [collate(examples[i : i + rows], context).to(ids.device) for i in range(0, len(examples), rows)]

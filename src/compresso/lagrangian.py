@@ -85,16 +85,27 @@ class Lagrangian:
         self.lambda_1 = 0.0
         self.lambda_2 = LAMBDA_2
         self.start = min(float(masks.expected_sparsity().detach()), schedule.target_sparsity)
+        self.floor = 0.0
+        """Expected sparsity below which gates are not moved, since some units were closed for good."""
 
     def target_after(self, steps: int) -> float:
         """The target of the last of so many steps; 0 while no gate acts."""
         return self.schedule.target(steps - 1, self.start) if steps > self.schedule.lora_only else 0.0
 
     def state(self) -> dict[str, float]:
-        return {"lambda_1": self.lambda_1, "start": self.start}
+        return {"lambda_1": self.lambda_1, "start": self.start, "floor": self.floor}
 
     def restore(self, state: dict[str, float]) -> None:
-        self.lambda_1, self.start = state["lambda_1"], state["start"]
+        self.lambda_1, self.start, self.floor = state["lambda_1"], state["start"], state.get("floor", 0.0)
+
+    @torch.no_grad()
+    def wait_here(self, masks: Masks) -> None:
+        """Let the target reach what is expected to go now before the penalty acts again.
+
+        Called when units have been closed for good: those that are left would have to open as far as these were open
+        before, most of them up to the limit, where they forget which matters more.
+        """
+        self.floor = min(float(masks.expected_sparsity()), self.schedule.target_sparsity)
 
     @torch.no_grad()
     def step(self, masks: Masks, step: int) -> tuple[float, float]:
@@ -102,12 +113,13 @@ class Lagrangian:
 
         Returns the expected sparsity reached and its target.
         """
-        target = self.schedule.target(step, self.start)
+        scheduled = self.schedule.target(step, self.start)
+        target = max(scheduled, self.floor)
         before = float(masks.expected_sparsity())
         shift(masks, before - self.lambda_1 - 2 * self.lambda_2 * (before - target))
         reached = float(masks.expected_sparsity())
         self.lambda_1 += ASCENT * (reached - target)
-        return reached, target
+        return reached, scheduled
 
 
 @torch.no_grad()
@@ -115,7 +127,8 @@ def shift(masks: Masks, wanted: float) -> None:
     """Move every log_alpha by the same amount, within its limits, until the expected sparsity is as wanted.
 
     A bracket is widened until it holds the answer, then narrowed by false position
-    (the Illinois variant); the expected sparsity rises with the shift.
+    (the Illinois variant); the expected sparsity rises with the shift. Nothing moves if
+    less is wanted than goes with all of them open, where they would all be alike.
     """
     flat = {unit: a.double() for unit, a in masks.log_alpha.items()}
 
@@ -134,6 +147,8 @@ def shift(masks: Masks, wanted: float) -> None:
         high = direction * reach
         high_gap = gap(high)
         reach *= 2
+    if low_gap > 0 and high_gap > PRECISION:
+        return
     for _ in range(SEARCH):
         if abs(high_gap) < PRECISION or low_gap * high_gap > 0:
             break

@@ -37,7 +37,7 @@ def l0(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     masks = Masks(shape, {unit: initial_log_alpha(unit, config.target_sparsity) for unit in config.gates})
     found = bench.newest("prune")
     if config.warm_start and not found and {*shape.inner_units} & masks.log_alpha.keys():
-        warm_start(masks, fisher(bench))
+        warm_start(masks, broadcast_object_list([fisher(bench)])[0])  # GPUs round in their own order
     teacher, share = None, tuning.distill(config, bench.tune)
     if share and bench.tune == "full":
         teacher = Teacher(copy.deepcopy(bench.model).requires_grad_(False), share)
@@ -98,6 +98,7 @@ def _leaving(
             plan = decide(masks.shape, log_alpha, target, bench.config.widths)
             for unit in log_alpha:
                 masks.pin_closed(unit, plan.gates[unit] == 0)
+            pruning.lagrangian.wait_here(masks)
             assert bench.leave is not None
             with pruning.gates.opened():
                 bench.leave(merge(copy.deepcopy(wrapped)).eval(), plan, target)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -42,6 +43,7 @@ from compresso.training import Training
 from compresso.workbench import METRICS, Workbench, compute_dtype, console, release_memory, status
 
 SUMMARY = "summary.json"
+NO_CHECKPOINTS = {"written": 0, "seconds": 0.0}
 ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 HALF_TOLERANCE = 0.1  # the same where only a model in half precision fits
@@ -107,11 +109,13 @@ def _prune(bench: Workbench) -> dict[str, Any]:
     dense = {**_score(bench, bench.model, 0.0), "bytes": bench.parameters * bench.facts["stored_dtype"].itemsize}
     bench.leave = partial(_leave, bench, dense)
     model, plan = METHODS[config.method](bench)
+    plan = Plan(plan.shape, broadcast_object_list([plan.gates])[0])  # GPUs round in their own order
     smaller, summary = _cut(bench, model, plan, dense)
     bench.model = model = smaller  # the dense weights are not needed any more
     release_memory()
     summary["operations"] = dict(bench.facts.get("operations", {}))
     summary["seconds"] = time.perf_counter() - bench.began
+    summary["checkpoints"] = bench.facts.get("checkpoints", NO_CHECKPOINTS)
     _write(bench, summary)  # from here on a run that stops goes on with its recovery
     if bench.writes:
         savepoints.remove(bench.folder, "prune")
@@ -168,7 +172,9 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
         bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
-    bench.facts["checkpoints"] = summary.get("checkpoints", {"written": 0, "seconds": 0.0})
+    if now.doing == "prune":
+        bench.began -= summary["seconds"]
+    bench.facts["checkpoints"] = summary.get("checkpoints", NO_CHECKPOINTS)
     bench.facts["vocabulary"] = summary.get("vocabulary")
     if begins and bench.writes:
         _begin_recovery(bench, base)
@@ -428,10 +434,11 @@ def _cut_files(
 def _finish(bench: Workbench, summary: dict[str, Any]) -> dict[str, Any]:
     summary["bytes"]["after"] = checkpoint.weight_bytes(bench.folder / "model")
     summary["peak_memory_bytes"] = _peak_memory(bench.accelerator.device)
-    summary["checkpoints"] = bench.facts.get("checkpoints", {"written": 0, "seconds": 0.0})
+    summary["checkpoints"] = bench.facts.get("checkpoints", NO_CHECKPOINTS)
     summary["setbacks"] = bench.progress.setbacks
     which = "seconds" if bench.progress.doing == "prune" else "recovery_seconds"
-    summary[which] = time.perf_counter() - bench.began
+    before = summary.get(which, 0.0) if bench.progress.further else 0.0
+    summary[which] = before + time.perf_counter() - bench.began
     _write(bench, summary)
     bench.accelerator.end_training()
     show(summary, bench.folder, console)

@@ -173,7 +173,7 @@ def _load(
     """Model, tokenizer, the dtype it is stored in, and its folder if the model here is not whole."""
     with status(f"loading {source}"):
         if in_parts(config, accelerator):
-            _check_in_parts(config)
+            check_in_parts(config, _splits(config, accelerator))
             with accelerator.main_process_first():
                 place = folder_of(source)
             tokenizer = checkpoint.load_tokenizer(str(place))
@@ -186,12 +186,18 @@ def _load(
         return checkpoint.cast(model, dtype).to(accelerator.device), tokenizer, stored, None
 
 
-def _check_in_parts(config: PruneConfig) -> None:
+def check_in_parts(config: PruneConfig, split: bool) -> None:
+    """Raise ValueError for what 4-bit weights cannot do, or weights that are `split` over processes."""
     tuning.chosen(config, 0, whole=False)
     if VOCABULARY in config.units:
         raise ValueError(
             "the unit vocab needs whole weights in their own numbers, not 4-bit ones or some split over processes; "
             "leave it out of --units, or prune the vocabulary first (docs/methods.md)"
+        )
+    if split and config.records == "self":
+        raise ValueError(
+            "--data self lets one process write, and weights that are split over processes need all of them; let a run "
+            "that is not split write first (--steps 1 leaves RUN/self.jsonl), and give that file to --data"
         )
     if config.also:
         raise ValueError("--also needs whole weights in their own numbers; run each sparsity by itself")

@@ -40,10 +40,10 @@ def meet(folder: Path, config: PruneConfig, error: Exception, accelerator: Accel
     Raises Stopped if the same has been tried before, or cannot be; `error` itself if it is no setback.
     """
     now = progress.read(folder)
-    before = [setback["kind"] for setback in now.setbacks]
+    before = {(setback["kind"], setback["stage"]) for setback in now.setbacks}
     if isinstance(error, Diverged):
         accelerator.wait_for_everyone()  # it comes to all processes, and all have read what was before
-        if "diverged" in before:
+        if ("diverged", error.stage) in before:
             advice = "Lower --learning-rate or --gate-learning-rate, or use --precision fp32"
             raise Stopped(f"{error}, with smaller steps too. {advice}", DIVERGED) from error
         found, _ = savepoints.newest(folder, error.stage)
@@ -57,7 +57,7 @@ def meet(folder: Path, config: PruneConfig, error: Exception, accelerator: Accel
     if not out_of_memory(error):
         raise error
     parts = config.accumulation * now.accumulation * 2
-    if "memory" in before or parts > config.batch_size:
+    if ("memory", "") in before or parts > config.batch_size:
         advice = "Lower --batch-size or --max-length, or use --gradient-checkpointing, --tune lora or --precision 4bit"
         raise Stopped(f"memory ran out ({first_line(error)}). {advice}", NO_MEMORY) from error
     now.accumulation *= 2

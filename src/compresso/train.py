@@ -305,12 +305,13 @@ def _summed(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def _sum_gradients(accelerator: Accelerator, parameters: list[Tensor]) -> None:
-    """Sum the gradients over processes, in one message for each number format."""
+    """Sum the gradients over processes, in one message for each number format, whatever device they are on."""
     if accelerator.num_processes == 1:
         return
     for dtype in dict.fromkeys(p.dtype for p in parameters):
         group = [p for p in parameters if p.dtype == dtype]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+        flat = torch.cat([grad.flatten().to(accelerator.device) for grad in grads])
         for p, grad in zip(group, _summed(accelerator, flat).split([p.numel() for p in group]), strict=True):
             p.grad = grad.view_as(p).to(p.device)
 

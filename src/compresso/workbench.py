@@ -192,9 +192,11 @@ class Workbench:
             savepoints.save(self.folder, stage, training.step, tensors, facts, self.config.checkpoints)
         saved.step, saved.at = training.step, time.perf_counter()
         saved.took = saved.at - began
-        account = self.facts.setdefault("checkpoints", {"written": 0, "seconds": 0.0})
-        account["written"] += 1
-        account["seconds"] += saved.took
+        account = self.facts.get("checkpoints", {"written": 0, "seconds": 0.0})
+        self.facts["checkpoints"] = {
+            "written": account["written"] + 1,
+            "seconds": account["seconds"] + saved.took,
+        }
 
 
 @dataclass
@@ -214,7 +216,7 @@ def order_metrics(path: Path, stage: str, training: Training, before: int) -> li
     """Leave of the rows after the first `before` those of other stages, and of this one those up to the state's step.
 
     A row that was torn, or of a step that will be made again, goes; that of the last step is added if it is missing: a
-    signal may come once a step is made. Returns the stage's own rows.
+    signal may come once a step is made. Returns the stage's own rows, of which earlier recoveries may have made some.
     """
     kept: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else ()):
@@ -225,7 +227,7 @@ def order_metrics(path: Path, stage: str, training: Training, before: int) -> li
     if training.row and (not kept or (kept[-1]["stage"], kept[-1]["step"]) != (stage, training.step)):
         kept.append({"stage": stage, **training.row})
     whole_files.write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-    return [row for row in kept[before:] if row["stage"] == stage]
+    return [row for row in kept if row["stage"] == stage]
 
 
 def _note(row: dict, rate: float) -> str:
