@@ -77,10 +77,6 @@ class Plan:
         """Share of the prunable parameters that the extracted model lacks."""
         return float(sparsity(self.shape, {unit: (g > 0).double() for unit, g in self.gates.items()}))
 
-    def binary(self) -> "Plan":
-        """The same units kept, each at 1."""
-        return Plan(self.shape, {unit: (g > 0).double() for unit, g in self.gates.items()})
-
     def scaled(self, values: dict[str, Tensor]) -> "Plan":
         """The same units kept, each (but those of BINARY) at the given value, which must be above 0."""
         scaled = values.keys() - set(BINARY)
