@@ -448,7 +448,7 @@ def test_shortgpt_takes_whole_layers_and_says_so(bench):
     assert with_units(PruneConfig(method="shortgpt"), "llama").units == ("attention", "mlp")
     config = bench.config
     with pytest.raises(ValueError, match=r"a layer is 0.333 of the prunable parameters"):
-        prepare(replace(config, method="shortgpt", target_sparsity=0.1, output=f"{config.output}-2"))
+        prepare(replace(config, method="shortgpt", units=(), target_sparsity=0.1, output=f"{config.output}-2"))
 
 
 def test_padding_is_told_from_tokens(bench):

@@ -52,8 +52,8 @@ class PruneConfig:
     `compresso recover` takes. What is removed at one size is removed at all larger ones."""
     units: tuple[str, ...] = ()
     """What may be removed, comma-separated: kv_group, intermediate, hidden, attention, mlp, expert; by default kv_group
-    and intermediate, for minitron also hidden, for a mixture also expert. With vocab beside them, all tokens that no
-    record uses go as well."""
+    and intermediate, for minitron also hidden, for a mixture also expert, for shortgpt attention and mlp. With vocab
+    beside them, all tokens that no record uses go as well."""
     round_to: int = 1
     """Kept FFN widths and the hidden size become multiples of this."""
     shape: str = "free"
@@ -263,7 +263,7 @@ class PruneConfig:
     @property
     def gates(self) -> tuple[str, ...]:
         """The units that gates or scores decide on: all but vocab. Without any given, the method's own."""
-        units = self.units or (UNITS[:3] if self.method == "minitron" else UNITS[:2])
+        units = self.units or [unit for unit in SCORED.get(self.method, UNITS[:2]) if unit != "expert"]
         return tuple(unit for unit in units if unit != VOCABULARY)
 
     @property

@@ -312,14 +312,12 @@ def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
     if config.refit or config.method in ("wanda", "flap", "minitron"):
         check_inputs(model_type)
     default = not config.units
-    if config.method == "shortgpt" and config.gates == UNITS[:2]:  # takes whole layers, whatever the default is
-        config = replace(config, units=(*SCORED["shortgpt"], *(u for u in config.units if u == VOCABULARY)))
     config = replace(config, units=config.units or config.gates)
     scored = SCORED.get(config.method, UNITS)
     if unknown := [unit for unit in config.gates if unit not in scored]:
+        known = ",".join(unit for unit in config.gates if unit in scored) or ",".join(scored)
         raise ValueError(
-            f"--method {config.method} does not tell which {unknown[0]} may go; it knows {', '.join(scored)}. Leave "
-            f"{', '.join(unknown)} out of --units, or use --method l0"
+            f"--method {config.method} does not tell which {unknown[0]} may go; use --units {known}, or --method l0"
         )
     if family.router:
         units = (*config.units, "expert") if default and "expert" in scored else config.units
