@@ -55,7 +55,7 @@ def test_commands(place, checkpoint, data, local, monkeypatch, capsys):
         if words[0] in ("evaluate", "compare"):
             words = [str(checkpoint) if word == "demo" else word for word in words]
         if words[0] == "extract":
-            words = [str(checkpoint) if word == "./my-llama" else word for word in words]
+            words = [str(checkpoint) if word in ("./my-llama", "./my-smollm2") else word for word in words]
         if words[0] == "evaluate":
             words += ["--data-dir", str(local), "--device", "cpu"]
         if message:
