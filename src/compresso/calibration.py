@@ -34,7 +34,6 @@ class Moments:
     tokens: int
     total: Tensor
     squares: Tensor
-    absolute: Tensor
     gram: Tensor | None = None
     """Sum of x x^T, (in, in), where it was asked for."""
 
@@ -158,12 +157,11 @@ def input_moments(model: PreTrainedModel, given: Sequence[Batch], gram: bool = F
         if name not in found:
             zeros = torch.zeros(x.shape[-1], device=x.device)
             square = torch.zeros(x.shape[-1], x.shape[-1], device=x.device) if gram else None
-            found[name] = Moments(0, zeros, zeros.clone(), zeros.clone(), square)
+            found[name] = Moments(0, zeros, zeros.clone(), square)
         moments, exact = found[name], x.float()
         moments.tokens += len(x)
         moments.total += exact.sum(0)
         moments.squares += exact.square().sum(0)
-        moments.absolute += exact.abs().sum(0)
         if moments.gram is not None:
             moments.gram += exact.T @ exact
 
@@ -224,10 +222,8 @@ def weight_gradients(
     """Gradients of the mean loss with respect to these parameters, and with `squares` the means over batches of their
     squares."""
     parameters = {name: model.get_parameter(name) for name in names}
-    first, second = (
-        {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()} if wanted else {}
-        for wanted in (True, squares)
-    )
+    first = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    second = {name: torch.zeros_like(sums) for name, sums in first.items()} if squares else {}
     with _learning_only(model, parameters):
         for batch in followed(given):
             (target_loss(model, batch) / max(batch.targets, 1)).backward()

@@ -137,6 +137,5 @@ def _best_gates(bench: Workbench, model: PreTrainedModel, plan: Plan, log_alpha:
     for candidate in (plan, soft):
         with gated(model, candidate.shape, candidate.gates):
             losses.append(mean_loss(model, bench.validation(candidate.sparsity)))
-    losses = broadcast_object_list(losses)  # all processes must take the same
     bench.facts["kept_gates"] = {"binary": losses[0], "soft": losses[1]}
     return plan if losses[0] <= losses[1] else soft

@@ -40,10 +40,17 @@ from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.summary import show
 from compresso.train import Teacher, fit
 from compresso.training import Training
-from compresso.workbench import METRICS, Workbench, compute_dtype, console, release_memory, status
+from compresso.workbench import (
+    METRICS,
+    NO_CHECKPOINTS,
+    Workbench,
+    compute_dtype,
+    console,
+    release_memory,
+    status,
+)
 
 SUMMARY = "summary.json"
-NO_CHECKPOINTS = {"written": 0, "seconds": 0.0}
 ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 HALF_TOLERANCE = 0.1  # the same where only a model in half precision fits

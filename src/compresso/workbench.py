@@ -36,6 +36,7 @@ from compresso.training import Training
 
 console = Console()
 METRICS = "metrics.jsonl"
+NO_CHECKPOINTS = {"written": 0, "seconds": 0.0}
 RELEASE_EVERY = 8  # steps
 POOL = 32  # batches that are sorted by length together (LOG.md, 2026-11-26)
 SAVING = 0.02  # share of the time that checkpoints may take
@@ -192,11 +193,8 @@ class Workbench:
             savepoints.save(self.folder, stage, training.step, tensors, facts, self.config.checkpoints)
         saved.step, saved.at = training.step, time.perf_counter()
         saved.took = saved.at - began
-        account = self.facts.get("checkpoints", {"written": 0, "seconds": 0.0})
-        self.facts["checkpoints"] = {
-            "written": account["written"] + 1,
-            "seconds": account["seconds"] + saved.took,
-        }
+        so_far = self.facts.get("checkpoints", NO_CHECKPOINTS)
+        self.facts["checkpoints"] = {"written": so_far["written"] + 1, "seconds": so_far["seconds"] + saved.took}
 
 
 @dataclass
