@@ -251,7 +251,7 @@ def _learning(folder: Path, tune: str) -> int:
 
 def _doing(folder: Path, config: dict[str, Any]) -> str | None:
     """The command that a run of these settings is in the middle of, or has done last; None if there is no such run."""
-    wanted = with_units(PruneConfig(**config), "llama")
+    wanted = with_units(PruneConfig(**{**config, "overwrite": False}), "llama")
     try:
         there = PruneConfig(**read_yaml(folder / "config.yaml"))
         return progress.read(folder).doing if there == wanted else None

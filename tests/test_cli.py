@@ -135,6 +135,14 @@ def test_a_prompt_longer_than_the_context(say, tokenizer, tmp_path):
     assert "context only 128" in said
 
 
+def test_a_chat_format_without_a_template(say, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "plain")
+    (tmp_path / "plain/chat_template.jinja").unlink()
+    code, said = say("--model", str(tmp_path / "plain"), "--prompt-format", "chat")
+    assert code == 2
+    assert "the tokenizer has no chat template; use alpaca" in said
+
+
 def test_records_of_no_use(say, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"instruction": "x", "output": ""}\n{"instruction": 1, "output": "y"}\n')
     code, said = say("--data", str(tmp_path / "bad.jsonl"))

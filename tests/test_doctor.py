@@ -144,7 +144,7 @@ def saved(run):
     for step in (90, 100, 1000):
         savepoints.save(run, "prune", step, {"weights": torch.ones(step)}, {}, keep=3)
     half(run / "checkpoints/prune-001000/state-00001.safetensors")
-    (run / "checkpoints/prune-001010.partial").mkdir()
+    (run / "checkpoints/.prune-001010.compresso-partial").mkdir()
     Progress().write(run)
 
 
@@ -175,15 +175,17 @@ def test_an_unfinished_run_says_how_to_go_on(run, stage, told, following, checkp
     assert main(["doctor", str(run)]) == 1
     if stage is saved:
         assert "bytes, 4,080 were written" in found["checkpoints/prune-001000"].told
-        assert found["checkpoints/prune-001010.partial"].told == "unfinished"
+        assert found["checkpoints/.prune-001010.compresso-partial"].told == "unfinished"
         assert found["progress.json"].state == "good"
 
 
 def test_what_was_left_by_a_stopped_command_is_only_a_note(run, monkeypatch):
     monkeypatch.setattr(installation, "examine", list)
-    (run / "cut.partial").mkdir()
+    (run / ".cut.compresso-partial").mkdir()
+    (run / "also").mkdir(exist_ok=True)
+    (run / "also/.DS_Store").touch()
     found = states(run)
-    assert found["cut.partial"].state == "note"
+    assert found[".cut.compresso-partial"].state == "note"
     assert main(["doctor", str(run)]) == 0
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import compresso
 from compresso import plan
-from compresso.chat import chat, compare
+from compresso.chat import answer, chat, compare, open_model
 from compresso.cli import main
 from compresso.families import FAMILIES
 from compresso.lagrangian import Lagrangian, make_schedule
@@ -24,6 +24,7 @@ from compresso.masks import Gates, Masks
 from compresso.prepare import prepare
 from compresso.shape import count_prunable, describe
 from compresso.stopping import Stopped
+from compresso.streams import mixed
 from tiny import QUICK, tiny_model
 
 
@@ -200,6 +201,56 @@ def test_a_recovery_on_other_data_is_measured_on_the_runs_own_held_out_records(f
     assert summary["loss"]["cut"] == before["loss"]["cut"]
 
 
+def test_a_recovery_does_not_learn_from_held_out_records(finished, data, tmp_path, monkeypatch):
+    """The run's own records and some more, in memory and read while they are used."""
+    more = tmp_path / "more.jsonl"
+    more.write_text(data.read_text() + "\n" + json.dumps({"instruction": "say", "output": "a lazy dog"}))
+    learned = []
+    monkeypatch.setattr("compresso.pipeline._recover", lambda bench, *_: learned.append(bench))
+    monkeypatch.setattr("compresso.pipeline._finish", lambda bench, summary: summary)
+    for stream in (False, True):
+        compresso.recover(str(finished), data=str(more), stream=stream)
+        given = list(itertools.islice(mixed(learned[-1].sources, 0), 200))
+        assert learned[-1].held_out
+        assert not [record for record in learned[-1].held_out if record in given]
+        assert any(record.response == "a lazy dog" for record in given)
+
+
+def test_a_recovery_that_goes_further_needs_no_cut_model(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "cut")
+    with pytest.raises(FileNotFoundError, match="has no cut"):
+        compresso.recover(str(run), recover_steps=1)
+    assert compresso.recover(str(run), further=True, recover_steps=1)["loss"]["recovered"] > 0
+
+
+@pytest.mark.parametrize("setting", [{"max_length": 16}, {"output": "elsewhere"}, {"recover_stepps": 1}])
+def test_a_recovery_refuses_what_it_would_ignore(finished, setting):
+    before = (finished / "progress.json").read_bytes()
+    with pytest.raises(ValueError, match=f"does not take {next(iter(setting))}"):
+        compresso.recover(str(finished), recover_steps=1, **setting)
+    assert (finished / "progress.json").read_bytes() == before
+
+
+def test_an_answer_ends_where_the_checkpoint_says(checkpoint):
+    """Chat models of many families list the end of a turn in their generation config alone."""
+    opened = open_model(str(checkpoint))
+    whole = opened.model.generate(
+        torch.tensor([opened.encoder.question("say fox", opened.prompt)]), max_new_tokens=8, do_sample=False
+    )
+    asked = len(opened.encoder.question("say fox", opened.prompt))
+    opened.model.generation_config.eos_token_id = [2, int(whole[0, asked + 1])]
+    short = answer(*opened, "say fox", 8)
+    opened.model.generation_config.eos_token_id = None
+    assert len(short) < len(answer(*opened, "say fox", 8))
+
+
+def test_a_question_longer_than_the_context_is_refused(checkpoint, capsys):
+    assert main(["chat", str(checkpoint), "--message", "fox " * 5000]) == 2
+    assert "ask a shorter one" in capsys.readouterr().err
+
+
 def test_a_recovery_without_the_dense_models_predictions_costs_less(finished):
     spent = {}
     for share in ("0.5", "0"):
@@ -333,6 +384,15 @@ def test_soft_gates_survive_saving(checkpoint, data, tmp_path):
 def test_config_yaml_reproduces_the_run(finished):
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     assert compresso.PruneConfig(**settings).target_sparsity == 0.3
+
+
+def test_a_run_is_replaced_only_by_a_command_that_says_so(checkpoint, data, tmp_path):
+    place = {"model": str(checkpoint), "data": str(data), "output": str(tmp_path / "run"), "method": "random", **QUICK}
+    place |= {"recover_steps": 0}
+    for _ in range(2):
+        compresso.prune(**place, overwrite=True)
+    assert main(["prune", "--config", str(tmp_path / "run/config.yaml"), "--target-sparsity", "0.3"]) == 2
+    assert json.loads((tmp_path / "run/summary.json").read_text())["target_sparsity"] == 0.2
 
 
 def test_planted_structure_is_found():

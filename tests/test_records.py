@@ -28,6 +28,20 @@ def test_the_same_record_from_every_kind_of_file(tmp_path):
     assert read[0][0].response == "3"
 
 
+def test_values_of_a_csv_file_are_texts_as_they_stand(tmp_path):
+    lines = ["instruction,input,output", "a,None,None", "b,,N/A", "c,x,007", "d,,True", '"e, f",,"two\nlines"']
+    (tmp_path / "a.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    read = read_sources(str(tmp_path / "a.csv"))[0].records
+    assert [record.response for record in read] == ["None", "N/A", "007", "True", "two\nlines"]
+    assert read[0].messages[0]["content"] == "a\n\nNone"
+    assert read[4].instruction == "e, f"
+
+
+def test_a_context_is_an_input():
+    row = {"instruction": "What?", "context": "A lake.", "response": "Water.", "category": "qa"}
+    assert parse(row) == parse({"instruction": "What?", "input": "A lake.", "output": "Water."})
+
+
 def test_conversations_and_texts():
     turns = [
         {"role": "user", "content": "hi"},
@@ -83,13 +97,14 @@ def test_bad_lines_are_counted_and_the_first_five_named(tmp_path):
         ("a.jsonl", '{"x": 1}', "line 1: no instruction/input/output"),
         ("a.json", "{}", "must hold a list"),
         ("a.json", "[1, ", "not valid JSON"),
-        ("a.csv", "", "cannot be read as .csv"),
+        ("a.csv", "", "cannot be read as .csv: it has no line with the columns' names"),
+        ("a.csv", b"instruction,output\na,\xe9", "cannot be read as .csv: it is not UTF-8 text"),
         ("a.parquet", "no parquet", "cannot be read as .parquet"),
         ("a.txt", "x", "cannot read .txt"),
     ],
 )
 def test_a_file_of_no_use_is_an_error(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_sources(str(tmp_path / name))
 

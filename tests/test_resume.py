@@ -210,7 +210,7 @@ def test_a_disk_that_fails_stops_the_run_and_loses_nothing(place, whole, call):
         with pytest.raises(Stopped, match=r"No space left on device.*--resume run") as stopped:
             compresso.prune(**place)
     assert stopped.value.exit_code == NO_ROOM
-    assert not list(Path("run").rglob("checkpoints/*.partial"))
+    assert not list(Path("run").rglob("checkpoints/.*.compresso-partial"))
     compresso.resume("run")
     assert not differences(whole, Path("run").resolve())
 
@@ -263,7 +263,7 @@ def test_resume_takes_no_other_settings_and_leaves_a_finished_run(whole, capsys,
 
 
 def test_a_run_that_was_being_replaced_is_not_lost(place, whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "run.old")  # as if it had ended between the two renamings
+    shutil.copytree(whole, tmp_path / ".run.compresso-old")  # as if it had ended between the two renamings
     assert main(["prune", "--resume", "run"]) == 0
     assert "run is finished" in capsys.readouterr().out
     assert not differences(whole, tmp_path / "run")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from compresso import Plan, describe, extract, streamed
 from compresso import plan as plans
+from compresso.chat import open_model
 from compresso.cli import main
 from compresso.families import FAMILIES
 from compresso.mixtures import sort_channels
@@ -65,6 +66,23 @@ def test_files_with_other_names_and_more_in_them(tokenizer, tmp_path):
         expected.save_pretrained(tmp_path / f"{name} in memory")
         written, told = (load_file(tmp_path / f / "model.safetensors") for f in (name, f"{name} in memory"))
         assert written.keys() == told.keys()
+
+
+def test_norms_in_another_number_format_get_that_of_the_weights(tokenizer, tmp_path):
+    model = stored("llama", tokenizer, tmp_path / "old").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "model.safetensors"
+    mixed = {name: value.float() if value.ndim == 1 else value for name, value in load_file(path).items()}
+    save_file(mixed, path, {"format": "pt"})
+    extract_files(str(tmp_path / "old"), saved(random_plan(model), tmp_path / "run"), tmp_path / "new")
+    assert {value.dtype for value in load_file(tmp_path / "new/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_chat_model_stays_one(tokenizer, tmp_path):
+    model = stored("llama", tokenizer, tmp_path / "old")
+    extract_files(str(tmp_path / "old"), saved(random_plan(model), tmp_path / "run"), tmp_path / "new")
+    asked = [open_model(str(tmp_path / name)) for name in ("old", "new")]
+    assert asked[0].encoder.question("say", asked[0].prompt) == asked[1].encoder.question("say", asked[1].prompt)
 
 
 def test_many_shards_and_an_index(tokenizer, tmp_path, monkeypatch):

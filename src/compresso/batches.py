@@ -115,7 +115,8 @@ class Encoder:
         before, after = self._tokens(prefix, response)
         body = prompt.body.strip()
         head = len(self._tokens(prefix[: prefix.find(body) + len(body)], "")[0]) if body else 0
-        before, after = cut(before, after, self.room(prompt) + head, head)
+        limit = self.room(prompt) + head
+        before, after = cut(before, after, limit if self.context is None else min(limit, self.context), head)
         return Example(before + after, [IGNORE] * len(before) + after)
 
     def split_text(self, record: Record, prompt: CollaborativePrompt) -> tuple[str, str]:
@@ -156,7 +157,7 @@ class Encoder:
             return bounded.render(self.tokenizer, turns, generate)
         try:
             text = bounded.render(self.tokenizer, [{"role": "system", "content": system}, *turns], generate)
-            if system in text:
+            if system.strip() in text:
                 return text
         except ValueError:
             pass

@@ -23,6 +23,10 @@ class Opened(NamedTuple):
     prompt: CollaborativePrompt
 
 
+class TooLong(ValueError):
+    """A question leaves no position for its answer."""
+
+
 def open_model(model: str, prompt: str | None = None) -> Opened:
     """Load a run folder, a checkpoint, a .gguf file or a hub id, with its own prompt or another."""
     transformers_logging.set_verbosity_error()
@@ -50,16 +54,29 @@ def prompt_for(
     return replace(stored, format=form) if stored else find_prompt("none", form)
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens with which an answer may end: the tokenizer's, and those of the generation config, where chat models list
+    the ends of a turn."""
+    told = model.generation_config.eos_token_id if model.generation_config else None
+    listed = told if isinstance(told, list) else [told]
+    return sorted({token for token in (tokenizer.eos_token_id, *listed) if token is not None})
+
+
 @torch.no_grad()
 def answer(
     model: PreTrainedModel, encoder: Encoder, prompt: CollaborativePrompt, message: str, max_new_tokens: int = 64
 ) -> str:
-    """The model's greedy answer to one question."""
+    """The model's greedy answer to one question. Raises TooLong if that fills the model's context."""
     message = message.encode("utf-8", "replace").decode()  # a terminal may pass half a surrogate pair
     ids = torch.tensor([encoder.question(message, prompt)], device=model.device)
-    tokenizer = encoder.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    room = max(1, min(max_new_tokens, (encoder.context or 10**9) - ids.shape[1]))
+    if encoder.context is not None and ids.shape[1] >= encoder.context:
+        raise TooLong(
+            f"the question takes {ids.shape[1]} tokens with all that stands around it, and the model has positions for "
+            f"{encoder.context}, the answer's among them; ask a shorter one"
+        )
+    tokenizer, ends = encoder.tokenizer, end_tokens(model, encoder.tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
+    room = min(max_new_tokens, (encoder.context or 10**9) - ids.shape[1])
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -67,7 +84,7 @@ def answer(
         do_sample=False,
         return_dict_in_generate=False,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends or None,
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 

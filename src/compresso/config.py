@@ -182,7 +182,7 @@ class PruneConfig:
         if not any(self.units):
             object.__setattr__(self, "units", ())
         object.__setattr__(self, "also", _numbers("also", self.also))
-        self._check_types()
+        _check_types(self)
         for name, preset in zip(STEPS, PRESETS[self.preset], strict=True):
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, preset)
@@ -271,33 +271,6 @@ class PruneConfig:
         """The rules of --shape and --round-to."""
         return parse(self.shape, self.round_to)
 
-    def _check_types(self) -> None:
-        """YAML and Python callers pass what they like; flags arrive checked."""
-        choices = {
-            "kept_gates": ("auto", "soft", "binary"),
-            "prompt_format": ("auto", "chat", "alpaca"),
-            "schedule": ("linear", "cubic"),
-            "precision": ("auto", "fp32", "bf16", "4bit"),
-            "tracker": ("none", "tensorboard", "wandb"),
-            "method": typing.get_args(PruneConfig.__annotations__["method"]),
-            "allocation": ("auto", "local", "global"),
-            "tune": ("auto", "lora", "full"),
-            "preset": tuple(PRESETS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-            if float in kinds and (type(value) is int or (isinstance(value, str) and SCIENTIFIC.fullmatch(value))):
-                object.__setattr__(self, field.name, float(value))
-            elif {int, float, str, bool} & set(kinds) and type(value) not in kinds:
-                names = " or ".join(KINDS[kind] for kind in kinds if kind is not types.NoneType)
-                raise ValueError(f"{field.name} must be {names}, got {value!r}")
-            if type(value) is float and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a number, got {value}")
-
     @property
     def records(self) -> str:
         """`data`, or what stands in for it."""
@@ -342,13 +315,14 @@ class EvaluateConfig:
     """Tokens of each row before the first new token when the cost is measured."""
 
     def __post_init__(self):
+        object.__setattr__(self, "batch_size", str(self.batch_size))
+        _check_types(self)
         if not [name for name in self.suite.split(",") if name.strip()]:
             raise ValueError("--suite names nothing")
         for name in ("limit", "cost_batch", "cost_context"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        object.__setattr__(self, "batch_size", str(self.batch_size))
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
             raise ValueError(f"batch_size must be a number of at least 1, or auto, got {self.batch_size!r}")
         if self.output is not None and Path(self.output).suffix != ".json":
@@ -363,6 +337,27 @@ class EvaluateConfig:
     @property
     def folder(self) -> Path | None:
         return Path(self.data_dir) if self.data_dir is not None else None
+
+
+def _check_types(config: PruneConfig | EvaluateConfig) -> None:
+    """YAML and Python callers pass what they like; flags arrive checked. Paths become texts, and whole numbers numbers
+    where these are meant. Raises ValueError."""
+    for field in fields(config):
+        value, name = getattr(config, field.name), field.name
+        if isinstance(value, Path):
+            object.__setattr__(config, name, value := str(value))
+        if typing.get_origin(field.type) is Literal:
+            if value not in (allowed := typing.get_args(field.type)):
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            continue
+        kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        if float in kinds and (type(value) is int or (isinstance(value, str) and SCIENTIFIC.fullmatch(value))):
+            object.__setattr__(config, name, float(value))
+        elif {int, float, str, bool} & set(kinds) and type(value) not in kinds:
+            names = " or ".join(KINDS[kind] for kind in kinds if kind is not types.NoneType)
+            raise ValueError(f"{name} must be {names}, got {value!r}")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{name} must be a number, got {value}")
 
 
 def changed(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The schema is in docs/evaluation.md.
 
 import itertools
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,9 +56,8 @@ def check_writable(path: Path) -> None:
     table = path.with_suffix(".md")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.touch()
-        partial.unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
         if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(TABLE_HEAD):
             raise ValueError(f"{table}, where the table would go, is another text; choose another --output")
     except OSError as error:

@@ -40,7 +40,7 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, 
     Settings are those of `EvaluateConfig`, by name. Raises ValueError or FileNotFoundError for
     what a user can mend; what was measured before is in the file by then.
     """
-    config = config or EvaluateConfig(**settings)
+    config = EvaluateConfig(**{**(vars(config) if config else {}), **settings})
     names = [models] if isinstance(models, str) else list(models)
     if not names:
         raise ValueError("name at least one model: a run folder, a checkpoint folder, a .gguf file or a hub id")

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compresso import checkpoint, progress, savepoints, setbacks, tuning, vocabulary, whole_files
 from compresso import plan as plans
 from compresso.adapters import factors, inside, merge
-from compresso.chat import answer
-from compresso.config import VOCABULARY, PruneConfig, changed, nearest_path, read_yaml
+from compresso.chat import TooLong, answer
+from compresso.config import VOCABULARY, PruneConfig, changed, nearest, nearest_path, read_yaml
 from compresso.cost import measure_costs
 from compresso.extract import extract
 from compresso.few_shapes import few_widths
@@ -37,6 +37,7 @@ from compresso.schemas import SUMMARY as SUMMARY_SCHEMA
 from compresso.schemas import parse
 from compresso.shape import count_prunable, prunable_parameters
 from compresso.streamed import count_parameters, folder_of, write_cut
+from compresso.streams import without
 from compresso.summary import show
 from compresso.train import Teacher, fit
 from compresso.training import Training
@@ -52,6 +53,12 @@ from compresso.workbench import (
 
 SUMMARY = "summary.json"
 ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
+RECOVERY = (
+    *("recover_steps", "preset", "data", "stream", "self_records", "batch_size", "accumulation", "seed", "sample"),
+    *("learning_rate", "distill", "clip", "tune", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    *("gradient_checkpointing", "checkpoint_seconds", "checkpoints"),
+)
+"""Settings that a recovery may change; the others are those of the run."""
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
 HALF_TOLERANCE = 0.1  # the same where only a model in half precision fits
 
@@ -137,17 +144,22 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     """Train the smaller model of a run again and return the new summary.
 
     It starts from the cut model, as the run itself did, or with `further` from what the
-    last recovery reached. `settings` replace those of the run's config.yaml.
+    last recovery reached. `settings` (of RECOVERY) replace those of the run's config.yaml.
     """
     folder = Path(run)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder {folder}{nearest_path(folder)}")
-    for name in ("config.yaml", SUMMARY, "plan.json", "cut"):
+    for name in ("config.yaml", SUMMARY, "plan.json", "model" if further else "cut"):
         if not (folder / name).exists():
             raise FileNotFoundError(
                 f"{folder} has no {name}; `compresso recover` needs a run of `compresso prune` whose model has been "
                 f"cut. `compresso doctor {folder}` tells what can be continued"
             )
+    if unknown := [name for name in settings if name not in RECOVERY]:
+        raise ValueError(
+            f"a recovery does not take {unknown[0]}{nearest(unknown[0], RECOVERY)}; it may change "
+            f"{', '.join(RECOVERY)}, and takes the rest from {folder / 'config.yaml'}"
+        )
     of_run = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
     if not PruneConfig(**changed(vars(of_run), settings)).recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do; say how many (--recover-steps 600)")
@@ -176,7 +188,7 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
     bench = prepare(of_run, source=base, progress=now, begins=begins)  # its held-out records stay held out
     bench.config = config
     if "data" in now.settings:
-        bench.sources = read_records(config, bench.model, bench.encoder, bench.prompt)
+        bench.sources = without(read_records(config, bench.model, bench.encoder, bench.prompt), bench.held_out)
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
     if now.doing == "prune":
@@ -270,7 +282,7 @@ def _leave(bench: Workbench, dense: dict[str, Any], model: PreTrainedModel, plan
     if bench.writes:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped here
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
+        (folder / "config.yaml").write_text(replace(config, overwrite=False).to_yaml())
         for name in ("env.json", "metrics.jsonl", "self.jsonl"):
             if (bench.folder / name).exists():
                 shutil.copy(bench.folder / name, folder)
@@ -298,10 +310,14 @@ def _unrecovered(bench: Workbench, summary: dict[str, Any]) -> None:
 def _score(bench: Workbench, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
     """Loss on held-out records, perplexity on held-out text, one answer."""
     with status("measuring loss and perplexity"):
+        try:
+            answered = answer(model, bench.encoder, bench.prompt_at(sparsity), bench.config.sample)
+        except TooLong as error:
+            answered = f"({error})"
         return {
             "loss": mean_loss(model, bench.validation(sparsity)),
             "perplexity": perplexity(window_nats(model, bench.windows)),
-            "answer": answer(model, bench.encoder, bench.prompt_at(sparsity), bench.config.sample),
+            "answer": answered,
         }
 
 

@@ -75,6 +75,8 @@ def prepare(
         _check_target(config, describe(model))
     if prompt.format == "auto":
         prompt = replace(prompt, format="chat" if tokenizer.chat_template else "alpaca")
+    if prompt.format == "chat" and not tokenizer.chat_template:
+        raise ValueError("--prompt-format chat: the tokenizer has no chat template; use alpaca, or leave it out")
     context = getattr(model.config, "max_position_embeddings", None)
     encoder = Encoder(tokenizer, config.max_length, context)
     encoder.room(prompt)
@@ -372,7 +374,7 @@ def _make_folder(config: PruneConfig, accelerator: Accelerator, progress: Progre
         return
     folder = Path(config.output)
     with whole_files.new_folder(folder) as partial:
-        (partial / "config.yaml").write_text(config.to_yaml())
+        (partial / "config.yaml").write_text(replace(config, overwrite=False).to_yaml())  # asked for once
         (partial / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
         (partial / PROGRESS).write_bytes(progress.to_json())
 
@@ -421,13 +423,14 @@ def read_records(
                 sources = read_sources(config.records)
     for source in sources:
         kept = []
-        for number, record in enumerate(source.records, 1):
+        places = source.places or [(number, "") for number in range(1, len(source.records) + 1)]
+        for (number, where), record in zip(places, source.records, strict=True):
             reason = refusal(record)
             if reason is None:
                 kept.append(record)
             else:
-                source.skipped.append((number, reason))
-        source.records = kept
+                source.skipped.append((number, where + reason))
+        source.records, source.places = kept, []
         if source.report():
             console.print(source.report(), markup=False)
         if not kept:

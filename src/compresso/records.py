@@ -1,9 +1,10 @@
 """Files and hub ids -> records. Knows nothing of tokens.
 
-JSON is read line by line here, so that a wrong record can be named by its line; CSV,
-Parquet and hub ids are read by `datasets`.
+All files are read row by row, so that a wrong record can be named, and none has to fit in
+memory (a .json list aside); hub ids are read by `datasets`.
 """
 
+import csv
 import glob
 import itertools
 import json
@@ -18,6 +19,9 @@ from compresso.config import nearest_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 OUTPUT_NAMES = ("output", "response", "completion", "answer")
+INPUT_NAMES = ("input", "context")
+LONGEST_FIELD = 2**24  # characters of one in a CSV file
+ROWS_AT_ONCE = 1024  # of a Parquet file
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,14 @@ class Source:
     records: list[Record] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """Line or row number, from 1, and the reason."""
+    places: list[tuple[int, str]] = field(default_factory=list)
+    """Line or row number of each record as it was read, and its file if there are several."""
 
     def add(self, number: int, row: Any, where: str = "") -> None:
         record, reason = parse_row(row)
         if record:
             self.records.append(record)
+            self.places.append((number, where))
         else:
             self.skipped.append((number, where + reason))
 
@@ -95,16 +102,17 @@ def parse(row: Any) -> Record:
         return _conversation(messages)
     output = next((name for name in OUTPUT_NAMES if row.get(name) is not None), None)
     if "instruction" in row or output is not None:
-        texts = {name: row.get(name) for name in ("instruction", "input")} | {"output": row.get(output or "output")}
+        extra = next((name for name in INPUT_NAMES if row.get(name) is not None), "input")
+        texts = {name: row.get(name) for name in ("instruction", extra, output or "output")}
         for name, value in texts.items():
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be text, found {type(value).__name__}")
-        instruction, extra, answer = (value or "" for value in texts.values())
+        instruction, more, answer = (value or "" for value in texts.values())
         if not answer.strip():
             raise ValueError("no response")
-        if not instruction.strip() and not extra.strip():
+        if not instruction.strip() and not more.strip():
             raise ValueError("no instruction")
-        return Record.instruct(instruction, extra if extra.strip() else "", answer)
+        return Record.instruct(instruction, more if more.strip() else "", answer)
     if "text" in row:
         if not isinstance(row["text"], str):
             raise ValueError(f"text must be text, found {type(row['text']).__name__}")
@@ -207,7 +215,8 @@ def files_of(name: str) -> list[Path]:
 
 def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
     """Line or row number, from 1, and what is there: decoded, or a ValueError. Raises ValueError for a damaged file."""
-    return {".json": _json_rows, ".jsonl": _line_rows}.get(path.suffix, _table_rows)(path)
+    readers = {".json": _json_rows, ".jsonl": _line_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    return readers[path.suffix](path)
 
 
 def _line_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -237,18 +246,32 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows, 1)
 
 
-def _table_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    from datasets import Dataset
-    from datasets.utils import disable_progress_bars, logging
-
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Every value is text as it stands there: an answer may be `None`, or 007."""
+    csv.field_size_limit(LONGEST_FIELD)
     try:
-        reader = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
-        yield from enumerate(reader(str(path), keep_in_memory=True), 1)
-    except Exception as error:  # pandas, pyarrow and datasets each raise their own
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            if not reader.fieldnames:
+                raise ValueError("it has no line with the columns' names")
+            yield from enumerate(reader, 1)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} cannot be read as .csv: it is not UTF-8 text") from None
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as .csv: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            parts = (batch.to_pylist() for batch in file.iter_batches(ROWS_AT_ONCE))
+            yield from enumerate(itertools.chain.from_iterable(parts), 1)
+    except (ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {reason}") from error
+        raise ValueError(f"{path} cannot be read as .parquet: {reason}") from error
 
 
 def hub_rows(name: str, streaming: bool = False, seed: int | None = None) -> Iterator[tuple[int, Any]]:

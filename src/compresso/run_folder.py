@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from compresso import checkpoint, eval_file, progress, savepoints
+from compresso import checkpoint, eval_file, progress, savepoints, whole_files
 from compresso import plan as plans
 from compresso.config import PruneConfig, nearest_path, read_yaml
 from compresso.families import FAMILIES, PER_LAYER_PREFIX, Family
@@ -52,7 +52,7 @@ def examine(folder: Path) -> list[Finding]:
     found |= {finding.name: finding for finding in _leftovers(folder)}
     saved = _saved(folder)
     found |= {finding.name: finding for finding in saved}
-    for run in sorted((folder / ALSO).glob("*")):
+    for run in sorted(path for path in (folder / ALSO).glob("*") if path.is_dir()):
         wrong = [finding.name for finding in examine(run) if finding.state == "wrong"]
         name = f"{ALSO}/{run.name}"
         told = f"wrong in it: {', '.join(wrong)}" if wrong else "a run of its own, whole"
@@ -137,7 +137,9 @@ PARTS = (
     Part("metrics.jsonl", _metrics, "remove the line that is named; reports need whole ones"),
     Part("progress.json", _progress, f"a run cannot go on without it; run it again: {AGAIN}"),
     Part("plan.json", _plan, f"restore it and plan.safetensors, or run it again: {AGAIN}"),
-    Part("cut", _checkpoint, "remove it; `compresso extract MODEL RUN --output RUN/cut` makes it from the plan"),
+    Part(
+        "cut", _checkpoint, f"restore it, go on without it (compresso recover RUN --further), or run it again: {AGAIN}"
+    ),
     Part("model", _checkpoint, "compresso recover RUN"),
     Part("summary.json", _summary, f"restore it, or run it again: {AGAIN}"),
     Part("report.html", _page, "compresso report RUN"),
@@ -148,18 +150,16 @@ PARTS = (
 
 def _leftovers(folder: Path) -> list[Finding]:
     told = "left by a command that was stopped while it wrote"
-    return [Finding(path.name, "note", told, f"rm -r {path}") for path in sorted(folder.glob("*.partial"))]
+    return [Finding(path.name, "note", told, f"rm -r {path}") for path in whole_files.leftovers(folder)]
 
 
 def _saved(folder: Path) -> list[Finding]:
     """The checkpoints to go on from, the newest first."""
-    places = [place for place in (folder / savepoints.FOLDER).glob("*-*") if place.is_dir()]
-    found = []
+    places = [place for place in (folder / savepoints.FOLDER).glob("[!.]*-*") if place.is_dir()]
+    unfinished = whole_files.leftovers(folder / savepoints.FOLDER)
+    found = [Finding(f"{savepoints.FOLDER}/{p.name}", "note", "unfinished", f"rm -r {p}") for p in unfinished]
     for place in sorted(places, key=lambda place: _age(place), reverse=True):
         name = f"{savepoints.FOLDER}/{place.name}"
-        if place.suffix:
-            found.append(Finding(name, "note", "unfinished", f"rm -r {place}"))
-            continue
         try:
             savepoints.read(place)
             size = sum(file.stat().st_size for file in place.iterdir())
@@ -196,7 +196,7 @@ def _next(folder: Path, found: dict[str, Finding], saved: list[str]) -> Finding:
         return Finding("next", "wrong", what, command("recover", folder))
     model = PruneConfig(**read_yaml(folder / "config.yaml")).model if "config.yaml" in good else "MODEL"
     if "plan.json" in good and model != "demo" and not model.endswith(".gguf"):
-        told = "it was decided what to remove; the model was not saved"
+        told = "it was decided what to remove; the model was not saved, and what its weights learned on the way is lost"
         return Finding("next", "wrong", told, command("extract", model, folder, "--output", f"{folder}-cut"))
     if "config.yaml" in good:
         again = command("prune", "--config", folder / "config.yaml", "--overwrite")

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.batches import MARK, Encoder
+from compresso.chat import end_tokens
 from compresso.prompts import CollaborativePrompt
 from compresso.workbench import progress_bar
 
@@ -114,7 +115,7 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: list[str], tokens: 
         temperature=1.0,
         top_p=0.95,
         pad_token_id=_pad(encoder),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(model, tokenizer) or None,
     )
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 

@@ -87,7 +87,8 @@ class StoredWeights(Mapping[str, Tensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first weight; the others of a checkpoint have it too."""
+        """Of the first weight; those of a checkpoint that have another one, as some norms do, get it when they are
+        loaded."""
         name = next(name for name in self._file if name.endswith(".weight"))
         with safe_open(self._file[name], "pt") as stored:
             return stored.get_slice(name)[:0].dtype
@@ -133,7 +134,8 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
         raise ValueError(f"{folder} exists and is not empty; choose another --output")
     place = folder_of(model)
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    prompt = checkpoint.prompt_of(config) or find_prompt("none", "alpaca")
+    form = "chat" if checkpoint.load_tokenizer(str(place)).chat_template else "alpaca"
+    prompt = checkpoint.prompt_of(config) or find_prompt("none", form)
     return write_cut(place, plan, folder, prompt, model)
 
 
@@ -252,11 +254,11 @@ def write_shards(
         for name, tensor in weights:
             if name not in places:  # a head that is tied
                 continue
-            if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtype:
+            if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
                 raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[name]} {dtype}")
             number, begin = places[name]
             files[number].seek(starts[number] + begin)
-            files[number].write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            files[number].write(tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
             written.add(name)
             advance()
     finally:

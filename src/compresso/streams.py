@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from compresso.records import Record, Source, files_of, hold_out, hub_rows, parse_row, parts_of, rows_of
@@ -38,6 +39,11 @@ class Stream:
         held = first[: min(count, len(first) // 5)]
         self._held = {_digest(record) for record in held}
         return held or first
+
+    def without(self, records: list[Record]) -> "Stream":
+        """The same, but epochs give none of these records and their like either."""
+        self._held |= {_digest(record) for record in records}
+        return self
 
     def epoch(self, rng: random.Random) -> Iterator[Record]:
         """Each record once, but those held out and their like."""
@@ -102,6 +108,17 @@ def take_held_out(
         each = -(-count // len(streams))
         return streams, [record for stream in streams for record in stream.hold_out(each)]
     return hold_out([source for source in sources if isinstance(source, Source)], count, seed)
+
+
+def without(sources: list[Source] | list[Stream], held_out: list[Record]) -> list[Source] | list[Stream]:
+    """Sources without records that were held out of others, and their like, unless nothing else is there."""
+    streams = [source.without(held_out) for source in sources if isinstance(source, Stream)]
+    if streams:
+        return streams
+    held = {_digest(record) for record in held_out}
+    whole = [source for source in sources if isinstance(source, Source)]
+    rest = [replace(source, records=[r for r in source.records if _digest(r) not in held]) for source in whole]
+    return [source for source in rest if source.records] or whole
 
 
 def mixed(sources: list[Source] | list[Stream], seed: int) -> Iterator[Record]:

@@ -1,6 +1,7 @@
 """Files and folders that appear under their name only when they are whole, and stay so when the power fails.
 
 What is new is written beside the old under another name, brought to the disk (fsync), and takes the name in one step.
+These other names are hidden and end like nothing that a user would call a file: what has one is ours to replace.
 """
 
 import os
@@ -9,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-OLD, PARTIAL = ".old", ".partial"
+OLD, PARTIAL = ".compresso-old", ".compresso-partial"
 
 
 def write(path: Path, content: bytes) -> None:
     """Write or replace a file; one that is there stays until the new one is complete. Raises OSError."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = _beside(path, PARTIAL)
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
@@ -23,13 +24,23 @@ def write(path: Path, content: bytes) -> None:
     _sync(path.parent)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What a command that was stopped while it wrote has left in a folder."""
+    return sorted(folder.glob(f".*{PARTIAL}"))
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}{what}")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` to fill inside, which takes its name when that has ended well, or goes.
 
-    Raises OSError.
+    Where `folder` is a link to one, that one is replaced. Raises OSError.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
+    folder = folder.resolve()
+    partial = _beside(folder, PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -43,13 +54,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def _take_place(partial: Path, folder: Path) -> None:
     """Let a finished folder take the name of one that may be there. Raises OSError.
 
-    Folders have no replacement in one step: the one before is called `FOLDER.old` for a moment. `heal` gives the name
-    back where something ended in between.
+    Folders have no replacement in one step: the one before has another name for a moment. `heal` gives its own back
+    where something ended in between.
     """
     for path in sorted(partial.rglob("*"), reverse=True):
         _sync(path)
     _sync(partial)
-    old = folder.with_name(folder.name + OLD)
+    old = _beside(folder, OLD)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -60,7 +71,8 @@ def _take_place(partial: Path, folder: Path) -> None:
 
 def heal(folder: Path) -> None:
     """Undo a `new_folder` that was cut short after the old folder had given up its name, or end it."""
-    old = folder.with_name(folder.name + OLD)
+    folder = folder.resolve()
+    old = _beside(folder, OLD)
     if old.is_dir() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
