@@ -36,6 +36,7 @@ from compresso.perplexity import mean_loss, perplexity, text_windows, window_nat
 from compresso.prepare import versions, with_units
 from compresso.prompts import find_prompt
 from compresso.records import read_sources
+from compresso.self_data import OWN_LENGTH
 from compresso.texts import read_text
 from compresso.workbench import compute_dtype, release_memory
 
@@ -195,7 +196,8 @@ class Lab:
         config |= {"output": str(folder), "overwrite": True, **settings}
         given = PruneConfig(**config)
         tokens = self.tokens_a_step(given.prompt)
-        share = tuning.distill(given, config.get("tune", "full"))
+        tune = config.get("tune", "full")
+        share, own = tuning.distill(given, tune), tuning.own_share(given, tune, cell.sparsity)
         teacher = 2 * self.parameters * tokens if share else 0
         if cell.method == "l0":
             a_step = 6 * self.parameters * tokens + teacher
@@ -206,11 +208,20 @@ class Lab:
         summary = compresso.resume(str(folder)) if doing else compresso.prune(**config)
         if cell.recovery != "none" and doing != "recover":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
-            steps = max(1, int(left / (6 * _learning(folder / "cut", given.tune) * tokens + teacher)))
+            texts = own * BATCH * OWN_LENGTH  # tokens a step, each text twice, so that half of them are written
+            tokens = (1 - own) * tokens + texts
+            dense = 2 * self.parameters * (tokens * bool(share) + texts / 2)
+            steps = max(1, int(left / (6 * _learning(folder / "cut", given.tune) * tokens + dense)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
         figures = self.measure_folder(folder / "model", summary)
-        settings = {**settings, "precision": self.given.precision, "own_texts": given.own_texts, "distill": share}
+        settings = {
+            **settings,
+            "precision": self.given.precision,
+            "own_texts": given.own_texts,
+            "distill": share,
+            "own_share": own,
+        }
         figures |= self.tasks(str(folder), folder / "tasks.json")
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
         release_memory()

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all weights": {"tune": "full", "also": (0.1,), "steps": 10, "hold": 0.5, "own_texts": 2},
     "adapters": {"tune": "lora", "distill": 0.3, "kept_gates": "soft"},
     "own records": {"data": "self", "self_records": 10, "steps": 4, "units": "kv_group,intermediate,hidden"},
-    "a score": {"method": "wanda", "recover_steps": 6},
+    "a score": {"method": "wanda", "recover_steps": 6, "own_share": 0.5},
     "recover": {"steps": 4, "recover_steps": 2},
 }
 """What is killed: settings of `compresso prune`; `recover` is killed in a recovery that goes further."""

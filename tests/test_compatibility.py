@@ -27,6 +27,20 @@ def test_equal_widths_load_everywhere():
     assert "architecture llama" in found["llama.cpp, Ollama, LM Studio"].why
 
 
+def test_a_class_that_derives_the_width_of_a_head_does_not_take_fewer_heads():
+    """Qwen2's own class there makes heads of hidden size / heads, whatever head_dim the config names."""
+    for model_type, runtimes in (("qwen2", ("MLX", "vLLM", "SGLang")), ("granite", ("MLX",))):
+        whole, fewer = (loads(model_type, widths) for widths in ({"intermediate": [30, 30, 30]}, EQUAL))
+        for name in runtimes:
+            assert whole[name].loads
+            assert not fewer[name].loads
+            assert fewer[name].do == "prune --units intermediate"
+    assert loads("granite", EQUAL)["vLLM"].loads
+    ffn = {"intermediate": [30, 30, 30]}
+    assert not loads("gpt_neox", ffn)["MLX"].loads
+    assert loads("gpt_neox", ffn)["vLLM"].loads
+
+
 @pytest.mark.parametrize(
     ("widths", "vllm", "sglang"), [(FFN, True, True), (UNEQUAL, True, False), (DROPPED, False, False)]
 )

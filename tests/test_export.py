@@ -103,6 +103,14 @@ def test_damaged_weights_are_told(run, tmp_path):
         export(folder, "stock", str(tmp_path / "out"))
 
 
+def test_positions_that_no_graph_can_hold_are_refused(run, tmp_path):
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    longrope |= {"original_max_position_embeddings": 16, "factor": 16.0}
+    folder, _ = run("llama", EQUAL, rope_parameters=longrope)
+    with pytest.raises(ValueError, match=r"rope_type longrope.*an ONNX graph cannot hold"):
+        export(folder, "onnx", str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("form", ["stock", "padded"])
 def test_a_number_of_heads_that_no_stock_class_takes_is_refused(form, tmp_path, tokenizer):
     model = tiny_model("llama", attention_bias=True, mlp_bias=True)

@@ -91,6 +91,16 @@ def test_the_perplexity_is_that_of_transformers(tokenizer, tmp_path):
     assert [runtime.mean_nats(row.tolist()) for row in windows] == pytest.approx(window_nats(model, windows), rel=1e-5)
 
 
+def test_several_chat_templates_are_all_carried_over(tokenizer, tmp_path):
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 'tools' }}"}
+    gguf_file.write(smaller("llama", EQUAL), several, tmp_path / "model.gguf", "f32", "tiny")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ 'tools' }}"
+    assert LlamaCpp(tmp_path / "model.gguf").log_probabilities([1, 5], 3)
+
+
 @pytest.mark.parametrize("kind", MIXES)
 def test_numbers_are_as_near_as_their_format_allows(kind, tokenizer, tmp_path):
     model = tiny_model("llama", hidden_size=256, intermediate_size=320, num_hidden_layers=8, head_dim=64)

@@ -209,6 +209,10 @@ def test_files_of_equal_widths_are_those_of_the_stock_class(model_type, tokenize
     assert loaded.config.num_experts == loaded.config.num_local_experts == 3
 
 
+def sorted_as_loaded(folder):
+    return compresso.load(folder)[0].state_dict().items()
+
+
 @pytest.mark.parametrize(
     ("model_type", "tune", "shape"),
     [("qwen3_moe", "lora", "free"), ("qwen3_moe", "full", "uniform"), ("mixtral", "full", "free")],
@@ -237,6 +241,9 @@ def test_a_mixture_from_end_to_end(model_type, tune, shape, tokenizer, data, tmp
     assert told[FAMILIES[model_type].num_experts] == max(width["num_experts"] for width in summary["widths"])
     page = (tmp_path / "run" / "report.html").read_text()
     assert "experts" in page
+    for name in ("cut", "model"):  # what loads is what training went on with, channel by channel
+        stored = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name).state_dict()
+        assert all(torch.equal(tensor, stored[key]) for key, tensor in sorted_as_loaded(tmp_path / "run" / name))
     again = compresso.recover(str(tmp_path / "run"), recover_steps=2)
     assert again["loss"]["cut"] == summary["loss"]["cut"]
     assert plans.load(tmp_path / "run").sparsity == summary["sparsity"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import compresso
 from compresso import plan
+from compresso.batches import batches
 from compresso.chat import answer, chat, compare, open_model
 from compresso.cli import main
 from compresso.families import FAMILIES
@@ -214,6 +216,26 @@ def test_a_recovery_does_not_learn_from_held_out_records(finished, data, tmp_pat
         assert learned[-1].held_out
         assert not [record for record in learned[-1].held_out if record in given]
         assert any(record.response == "a lazy dog" for record in given)
+
+
+def test_a_recovery_learns_from_texts_of_the_dense_model_if_asked(finished, monkeypatch):
+    """They are written once, make the share that was asked for, and are accounted for."""
+    given = []
+    monkeypatch.setattr(
+        "compresso.workbench.batches",
+        lambda records, encoder, prompt, parts=1: given.extend(records) or batches(records, encoder, prompt, parts),
+    )
+    summary = compresso.recover(str(finished), recover_steps=30, own_share=0.4)
+    own = (finished / "own.jsonl").read_text().splitlines()
+    assert 20 <= len(own) <= math.ceil(30 * 4 * 0.4 / 2), "each of them about twice; some may be blank"
+    texts = [json.loads(line)["text"] for line in own]
+    assert 0.25 < sum(record.text in texts for record in given if record.text) / (30 * 4) < 0.55
+    dense = 2 * summary["parameters"]["before"] * 128 * len(own)
+    assert summary["operations"]["own_texts"] == pytest.approx(dense, rel=1e-6)
+    before = (finished / "own.jsonl").stat().st_mtime_ns
+    compresso.recover(str(finished), recover_steps=1, own_share=0.5)
+    assert (finished / "own.jsonl").stat().st_mtime_ns == before
+    assert "own_texts" not in compresso.recover(str(finished), recover_steps=1)["operations"]
 
 
 def test_a_recovery_that_goes_further_needs_no_cut_model(finished, tmp_path):

@@ -1,5 +1,6 @@
 """A run that is cut short goes on as if it had not been, and meets trouble once by itself."""
 
+import gc
 import itertools
 import json
 import random
@@ -12,13 +13,15 @@ import pytest
 import torch
 
 import compresso
-from compresso import savepoints, train
+from compresso import prepare, savepoints, train
 from compresso.cli import main
 from compresso.setbacks import stopped
 from compresso.stopping import DIVERGED, INTERRUPTED, NO_MEMORY, NO_ROOM, Stopped
+from compresso.workbench import Workbench
 from faults import VARIANTS, Harness, contents, differences
-from tiny import QUICK
+from tiny import QUICK, tiny_model
 
+KINDS = ("fp32", "bf16")
 SETTINGS = {**QUICK, "target_sparsity": 0.3, "checkpoint_seconds": 0.0, "warm_start": False}
 
 
@@ -187,6 +190,77 @@ def test_out_of_memory_halves_the_batch_once(place, monkeypatch, capsys):
     for row, other in zip(metrics(), metrics("other"), strict=True):
         assert row["step"] == other["step"]
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-4), "the same global batches"
+
+
+def test_nothing_of_the_first_attempt_is_in_memory_when_the_second_begins(place, monkeypatch):
+    trouble(monkeypatch, {3, 10}, out_of_memory)  # in the run, and in a recovery of it
+    left = []
+
+    def again(folder):
+        gc.collect()
+        left.extend(thing for thing in gc.get_objects() if type(thing) is Workbench)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compresso.pipeline._again", again)
+        with pytest.raises(KeyboardInterrupt):
+            compresso.prune(**place)
+    assert not left
+
+
+def test_two_commands_that_begin_at_once_do_not_share_a_folder(place, monkeypatch):
+    """The second is there when the first has looked and found nothing."""
+    calls = itertools.count()
+    original = prepare.read_records
+
+    def meanwhile(*given):
+        if not next(calls):
+            compresso.prune(**place, seed=1)
+        return original(*given)
+
+    monkeypatch.setattr("compresso.prepare.read_records", meanwhile)
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        compresso.prune(**place)
+    assert json.loads(Path("run/summary.json").read_text())["seed"] == 1
+
+
+def test_a_smaller_run_that_was_recovered_meanwhile_stays(place, monkeypatch, capsys):
+    trouble(monkeypatch, {8}, interrupt)
+    with pytest.raises(Stopped):
+        compresso.prune(**place, also=(0.1,))
+    shutil.rmtree("run/checkpoints")  # as if it had been killed before it could save a later one
+    recovered = compresso.recover("run/also/0.1", recover_steps=2)
+    assert main(["prune", "--resume", "run"]) == 0
+    assert "was recovered; it stays as it is" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(Path("run/also/0.1/summary.json").read_text())["loss"] == recovered["loss"]
+
+
+def test_a_recovery_goes_on_only_with_the_teacher_and_the_records_that_it_began_with(
+    place, whole, tmp_path, checkpoint, data, monkeypatch
+):
+    shutil.copytree(whole, "run")
+    shutil.copytree(checkpoint, "dense")
+    settings = Path("run/config.yaml")
+    settings.write_text(settings.read_text().replace(f"model: {checkpoint}", f"model: {tmp_path / 'dense'}"))
+    records = tmp_path / "other.jsonl"
+    records.write_text(data.read_text())
+    trouble(monkeypatch, {2}, interrupt)
+    with pytest.raises(Stopped):
+        compresso.recover("run", recover_steps=4, distill=0.5, data=str(records))
+    kept = records.read_text()
+    records.write_text("\n".join(kept.splitlines()[:-1]))
+    with pytest.raises(ValueError, match="the records of the recovery of run: not what the run began with"):
+        compresso.resume("run")
+    records.write_text(kept)
+    tiny_model("llama", seed=5, max_position_embeddings=512).save_pretrained("dense")
+    with pytest.raises(ValueError, match="the model of run: not what the run began with"):
+        compresso.resume("run")
+
+
+def test_a_run_goes_on_where_another_number_format_is_native(place):
+    found = [prepare.prepare(compresso.PruneConfig(**{**place, "output": kind, "precision": kind})) for kind in KINDS]
+    assert found[0].progress.inputs == found[1].progress.inputs
+    assert found[0].model.dtype != found[1].model.dtype
 
 
 def test_out_of_memory_twice_stops(place, monkeypatch):

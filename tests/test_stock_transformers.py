@@ -48,12 +48,27 @@ def ask(folders, ids, where: Path, path: str) -> tuple[str, dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def positions(name: str) -> dict:
+    """Rotary frequencies that are no reader's default."""
+    rope: dict = {"rope_type": "default", "rope_theta": 5e5}
+    if name == "opt":
+        return {}
+    if name == "llama":
+        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {"original_max_position_embeddings": 16}
+    if name == "gpt_neox":
+        rope |= {"partial_rotary_factor": 0.5}
+    if name == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {**rope, "rope_theta": 3e4}}
+    return {"rope_parameters": rope}
+
+
 @pytest.fixture(scope="module")
 def written(tokenizer, tmp_path_factory):
     """Folders of every family and form, and the model of each."""
     place, models = tmp_path_factory.mktemp("forms"), {}
     for name, (kind, widths) in itertools.product(FAMILIES, WIDTHS.items()):
-        model = tiny_model(name, vocab_size=320)
+        model = tiny_model(name, vocab_size=320, **positions(name))
         smaller = extract(model, gates_of(model, {**widths, "hidden": [24]}))
         source = place / f"{name}-{kind}"
         smaller.save_pretrained(source)
@@ -77,3 +92,19 @@ def test_every_form_loads_without_compresso(version, written, token_ids, tmp_pat
         greedy = smaller.generate(token_ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert said == greedy.tolist(), folder
         assert base == [*token_ids.shape, smaller.config.hidden_size]
+
+
+def test_positions_are_told_by_the_names_that_older_readers_look_for(written):
+    """MLX takes 10000 where a Llama's config names no rope_theta, and computes something else without a word."""
+    for folder, smaller in written.items():
+        told = json.loads((folder / "config.json").read_text())
+        rope = getattr(smaller.config, "rope_parameters", None)
+        if not rope:
+            assert "rope_theta" not in told
+            continue
+        assert told["rope_theta"] == 5e5
+        assert ("rope_scaling" in told) == (smaller.config.model_type.endswith("llama"))
+        if "full_attention" in rope:
+            assert told["rope_local_base_freq"] == 3e4
+        if smaller.config.model_type.endswith("gpt_neox"):
+            assert (told["rotary_emb_base"], told["rotary_pct"]) == (5e5, 0.5)

@@ -352,20 +352,31 @@ def write(
                     config.auto_map = {name: f"{stem}.{c.__name__}" for name, c in zip(auto, classes, strict=True)}
                     shutil.copyfile(str(module.__file__), partial / file)
         write_weights(partial)
-        _name_experts(partial, config)
+        _add_older_names(partial, config)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def _name_experts(folder: Path, config: PreTrainedConfig) -> None:
-    """Tell in config.json how many experts there are by the family's name too, which other readers look for (MLX);
-    transformers 5 writes one name for all."""
+def _add_older_names(folder: Path, config: PreTrainedConfig) -> None:
+    """Tell in config.json by their older names too what transformers 5 calls otherwise: readers that look for these,
+    as MLX does, compute something else without a word where they take a default for rope_theta."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_bytes())
     family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))
-    name = family.num_experts if family else None
-    if name and name in config.attribute_map:
-        path = folder / "config.json"
-        settings = {**json.loads(path.read_bytes()), name: getattr(config, name)}
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if family and family.num_experts and family.num_experts in config.attribute_map:
+        settings[family.num_experts] = getattr(config, family.num_experts)
+    rope = settings.get("rope_parameters") or {}
+    local = rope.get("sliding_attention")
+    rope = rope.get("full_attention", rope)
+    older = {"rope_theta": rope.get("rope_theta")}
+    if local:  # Gemma 3
+        older["rope_local_base_freq"] = local.get("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if config.model_type.endswith("gpt_neox"):
+        older |= {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    settings |= {name: value for name, value in older.items() if value is not None}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def prompt_of(config: PreTrainedConfig) -> CollaborativePrompt | None:

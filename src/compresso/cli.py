@@ -173,6 +173,7 @@ def _recover(args: list[str]) -> None:
         recover_steps: Count = None,
         learning_rate: Number = None,
         distill: Number = None,
+        own_share: Number = None,
         batch_size: Count = None,
         data: Text = None,
         seed: Count = None,
@@ -185,6 +186,7 @@ def _recover(args: list[str]) -> None:
             recover_steps: Optimizer steps; as in the run unless given.
             learning_rate: Peak learning rate; as in the run unless given.
             distill: Share of the distance to the dense model's predictions in the loss; as in the run unless given.
+            own_share: Share of the records that are texts of the dense model; as in the run unless given.
             batch_size: Records per step; as in the run unless given.
             data: Records, as for prune; as in the run unless given.
             seed: Seed of data order and LoRA; as in the run unless given.
@@ -193,6 +195,7 @@ def _recover(args: list[str]) -> None:
             "recover_steps": recover_steps,
             "learning_rate": learning_rate,
             "distill": distill,
+            "own_share": own_share,
             "batch_size": batch_size,
             "data": data,
             "seed": seed,

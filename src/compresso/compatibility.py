@@ -22,6 +22,12 @@ RUN, READ = "run by the tests", "read from its code"
 VERSIONS = {"vLLM": "0.33", "SGLang": "0.5.23", "TensorRT-LLM": "main of 2026-11", "MLX": "mlx-lm 0.32.2"}
 
 
+SQUARE = {"MLX": ("qwen2", "mixtral", "granite"), "vLLM": ("qwen2",), "SGLang": ("qwen2",)}
+"""Families whose class there takes the hidden size over the heads for a head's width, whatever the config says."""
+FOURFOLD = {"MLX": ("gpt_neox",)}
+"""Families whose FFN there is four times as wide as the hidden size, whatever the config says."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One runtime and one model. `loads`: the folder as it is."""
@@ -56,14 +62,21 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
     padded = {name: fills if name in family.native else "another runtime" for name in VERSIONS}
     if stock:
         parallel = math.gcd(layers[0].num_key_value_heads, layers[0].intermediate_size)
+        first = layers[0]
+        fourfold = first.intermediate_size == 4 * shape.hidden_size
+        narrower = first.num_key_value_heads * first.columns("kv_group") != shape.hidden_size
         native = f"a stock {config.model_type}", f"tensor parallel over {_divisors(parallel)}"
         read = []
         for runtime, version in VERSIONS.items():
             if runtime not in family.native:
                 why, do = f"no class for {config.model_type} that we know of", "another runtime"
+            elif narrower and config.model_type in SQUARE.get(runtime, ()):
+                why, do = "its heads have to be as wide together as the hidden size", "prune --units intermediate"
+            elif not fourfold and config.model_type in FOURFOLD.get(runtime, ()):
+                why, do = "its FFN has to be four times as wide as the hidden size", "another runtime"
             else:
                 why, do = native[0], "mlx_lm.convert" if runtime == "MLX" else native[1]
-            read.append(Verdict(runtime, runtime in family.native, why, do, f"{READ} ({version})"))
+            read.append(Verdict(runtime, why == native[0], why, do, f"{READ} ({version})"))
     else:
         nas = "export --to nemotron-nas, native there" if deci else padded["vLLM"]
         backend = "--model-impl transformers --trust-remote-code"

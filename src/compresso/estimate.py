@@ -14,11 +14,11 @@ from compresso import checkpoint, tuning
 from compresso.calibration import AT_ONCE, output_paths
 from compresso.config import PruneConfig
 from compresso.families import family_of
-from compresso.importance import LENGTH as OWN_LENGTH
 from compresso.memory import forward_memory, rows_together, shares_prompt, training_memory
 from compresso.mixtures import idle
 from compresso.prepare import check_in_parts, with_units
 from compresso.prompts import find_prompt
+from compresso.self_data import OWN_LENGTH, texts_for
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import refuse_fused, shapes_of
 from compresso.unfused import taken_apart
@@ -99,6 +99,9 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         weights["dense model, to learn from"] = weights["weights"]
     passes = 2 + (tune == "full") + config.gradient_checkpointing + bool(config.distill)
     used = 2.0 * (parameters - idle(whole))
+    whole_weights = not config.sharded and config.precision != "4bit"
+    share = tuning.own_share(config, tune, config.target_sparsity) if whole_weights else 0.0
+    written = OWN_LENGTH * texts_for(config.recover_steps * config.batch_size * processes, share)
     calibration = used * processes * calibration_tokens(config, prompt_tokens)
     recovering = {}
     if config.recover_steps:
@@ -119,7 +122,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         steps,
         tokens,
         calibration,
-        calibration + used * passes * tokens,
+        calibration + used * (passes * tokens + written),
     )
 
 

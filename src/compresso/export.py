@@ -311,6 +311,12 @@ def _refuse_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     from compresso import onnx_file
 
     onnx_file.check()
+    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+    if kind in ("longrope", "dynamic"):
+        raise ValueError(
+            f"the positions of this model are scaled by how long a text is (rope_type {kind}), which an ONNX graph "
+            "cannot hold; export --to gguf, or use another runtime"
+        )
 
 
 def _write_onnx(made: Export) -> None:

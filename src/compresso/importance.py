@@ -10,12 +10,11 @@ from torch import Tensor
 
 from compresso.batches import IGNORE, Batch, Example, collate
 from compresso.calibration import calibration_batches, gate_gradients
-from compresso.self_data import write_texts
+from compresso.self_data import own_length, write_texts
 from compresso.shape import ModelShape, describe
 from compresso.train import operations
 from compresso.workbench import Workbench
 
-LENGTH = 128  # tokens of a text
 ROWS = 8  # texts that are taken together, until memory runs out
 LEAST = 1e-4  # of the mean: no unit is worth nothing because one of the two kinds of texts never asks for it
 
@@ -54,8 +53,7 @@ def _own_texts(bench: Workbench) -> list[Batch]:
     """Batches of texts that the dense model writes, the same in all processes; the account is charged for them."""
     config, model = bench.config, bench.model
     context = bench.encoder.context
-    length = min(LENGTH, context or LENGTH)
-    ids = broadcast(write_texts(model, bench.encoder, config.own_texts, length, config.seed))
+    ids = broadcast(write_texts(model, bench.encoder, config.own_texts, own_length(bench.encoder), config.seed))
     bench.spend("calibration", operations(model, ids.numel(), 4))  # written by one pass, and three to learn from
     examples = [Example(row, [IGNORE, *row[1:]]) for row in ids.tolist()]
     rows = max(1, ROWS // bench.progress.accumulation)

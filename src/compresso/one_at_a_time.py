@@ -17,6 +17,7 @@ LOCKED = "config.yaml"  # in every run folder, and written once
 def alone_in(folder: Path) -> Iterator[None]:
     """Inside, no other command works on the run in `folder`; nothing is checked where the file system has no locks.
 
+    The lock goes with the file that holds it, so that a folder may be renamed.
     Of a launch of several processes the first one stands for all. Raises ValueError if another command is there.
     """
     if fcntl is None or os.environ.get("RANK", "0") != "0" or not (folder / LOCKED).is_file():

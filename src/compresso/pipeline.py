@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,18 +28,21 @@ from compresso.extract import extract
 from compresso.few_shapes import few_widths
 from compresso.masks import gated
 from compresso.methods import METHODS
+from compresso.mixtures import sort_channels
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
-from compresso.prepare import load_parts, prepare, read_records, versions
+from compresso.prepare import check_unchanged, digest_model, digest_records, load_parts, prepare, read_records, versions
 from compresso.progress import Progress
+from compresso.records import Record
 from compresso.schemas import SUMMARY as SUMMARY_SCHEMA
 from compresso.schemas import parse
+from compresso.self_data import own_length, own_records, texts_for
 from compresso.shape import count_prunable, prunable_parameters
 from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.streams import without
 from compresso.summary import show
-from compresso.train import Teacher, fit
+from compresso.train import Teacher, fit, operations
 from compresso.training import Training
 from compresso.workbench import (
     METRICS,
@@ -52,10 +55,21 @@ from compresso.workbench import (
 )
 
 SUMMARY = "summary.json"
+OWN = "own.jsonl"
 ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
 RECOVERY = (
     *("recover_steps", "preset", "data", "stream", "self_records", "batch_size", "accumulation", "seed", "sample"),
-    *("learning_rate", "distill", "clip", "tune", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    *(
+        "learning_rate",
+        "distill",
+        "own_share",
+        "clip",
+        "tune",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_targets",
+    ),
     *("gradient_checkpointing", "checkpoint_seconds", "checkpoints"),
 )
 """Settings that a recovery may change; the others are those of the run."""
@@ -71,9 +85,8 @@ def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
     run folder is touched; stopping.Stopped tells what a run that ended early has kept.
     """
     config = PruneConfig(**changed(vars(config) if config else {}, settings))
-    bench = prepare(config)
-    with alone_in(bench.folder):
-        return _to_the_end(bench, _prune)
+    with ExitStack() as held:
+        return _to_the_end(Path(config.output), lambda: (prepare(config, held=held), _prune))
 
 
 def resume(run: str) -> dict[str, Any]:
@@ -88,12 +101,18 @@ def resume(run: str) -> dict[str, Any]:
         console.print(f"{folder} is finished; nothing is left to do", markup=False, highlight=False)
         return _read_summary(folder)
     with alone_in(folder):
-        return _to_the_end(*_again(folder))
+        return _to_the_end(folder, partial(_again, folder))
 
 
-def _to_the_end(bench: Workbench, work: Callable[[Workbench], dict[str, Any]]) -> dict[str, Any]:
-    """Do the work of a command; after a setback that can be met, go on from the last checkpoint."""
-    folder = bench.folder
+Work = tuple[Workbench, Callable[[Workbench], dict[str, Any]]]
+
+
+def _to_the_end(folder: Path, begin: Callable[[], Work]) -> dict[str, Any]:
+    """Do the work of a command; after a setback that can be met, go on from the last checkpoint.
+
+    Nobody else holds the workbench, so that its model is gone before the next one is read.
+    """
+    bench, work = begin()
     while True:
         try:
             return work(bench)
@@ -106,7 +125,7 @@ def _to_the_end(bench: Workbench, work: Callable[[Workbench], dict[str, Any]]) -
         bench, work = _again(folder)
 
 
-def _again(folder: Path) -> tuple[Workbench, Callable[[Workbench], dict[str, Any]]]:
+def _again(folder: Path) -> Work:
     """What is needed to go on with a run, from its folder alone."""
     now = progress.read(folder)
     config = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
@@ -165,7 +184,7 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
         raise ValueError("--recover-steps is 0: there is nothing to do; say how many (--recover-steps 600)")
     now = Progress(doing="recover", settings=settings, further=further)
     with alone_in(folder):
-        return _to_the_end(_ready_to_recover(of_run, now, begins=True), _recover_again)
+        return _to_the_end(folder, lambda: (_ready_to_recover(of_run, now, begins=True), _recover_again))
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:
@@ -189,6 +208,7 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
     bench.config = config
     if "data" in now.settings:
         bench.sources = without(read_records(config, bench.model, bench.encoder, bench.prompt), bench.held_out)
+        check_unchanged(now, {"records of the recovery": digest_records(bench.sources, [])}, folder)
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
     if now.doing == "prune":
@@ -274,9 +294,15 @@ def _cut(
 
 
 def _leave(bench: Workbench, dense: dict[str, Any], model: PreTrainedModel, plan: Plan, target: float) -> None:
-    """Save what is cut out of a model on its way to the target, as a run of its own."""
+    """Save what is cut out of a model on its way to the target, as a run of its own.
+
+    One that has been recovered since, while this run was stopped, stays as it is.
+    """
     began = time.perf_counter()
     folder = bench.folder / ALSO / f"{target:g}"
+    if (folder / progress.FILE).exists():
+        console.print(f"{folder} is there, and was recovered; it stays as it is", markup=False, highlight=False)
+        return
     config = replace(bench.config, output=str(folder), target_sparsity=target, also=())
     own = replace(bench, config=config, folder=folder, facts=dict(bench.facts))
     if bench.writes:
@@ -346,7 +372,7 @@ def _save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summar
         return
     with status(f"saving {folder}, and comparing what loads with what was saved"):
         working = model.dtype
-        checkpoint.cast(model, bench.facts["stored_dtype"])
+        sort_channels(checkpoint.cast(model, bench.facts["stored_dtype"]))  # as every mixture that is loaded
         prompt = bench.prompt_at(summary["sparsity"])
         card = checkpoint.model_card(model, bench.config.model, prompt, _card_facts(summary))
         checkpoint.save(model, bench.tokenizer, prompt, folder, card)
@@ -383,16 +409,21 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     """Train the smaller model, or LoRA on it; score the result and save it."""
     config, folder = bench.config, bench.folder / "model"
     share = tuning.distill(config, bench.tune)
-    teacher = Teacher(_dense(bench), share) if share else None
-    on_cpu = bench.accelerator.device.type == "cpu"
-    with few_widths(model, wanted=on_cpu and bench.tune == "full"):
+    own_share = 0.0 if bench.place else tuning.own_share(config, bench.tune, plan.sparsity)
+    dense = _dense(bench) if share or own_share else None
+    own = _own_texts(bench, dense, own_share, summary)
+    teacher = Teacher(dense, share) if dense and share else None
+    del dense
+    found = bench.newest("recover")
+    device = bench.accelerator.device.type if found is None else found.facts.get("device", "cpu")  # where it began
+    with few_widths(model, wanted=device == "cpu" and bench.tune == "full"):
         wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
         training = Training(inside(wrapped), config.seed + 1, sparsity=plan.sparsity)
-        bench.begin("recover", training, bench.newest("recover"))
+        bench.begin("recover", training, found)
         rows = fit(
             bench.accelerator,
             training,
-            bench.batches(config.seed + 1, training.step),
+            bench.batches(config.seed + 1, training.step, own, own_share),
             steps=config.recover_steps,
             learning_rate=tuning.learning_rate(config, bench.tune, plan.sparsity),
             clip=config.clip,
@@ -415,16 +446,41 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
         _save_checked(bench, model, folder, summary)
 
 
+def _own_texts(bench: Workbench, dense: PreTrainedModel | None, share: float, summary: dict[str, Any]) -> list[Record]:
+    """What the dense model writes for recovery, once a run; it is accounted for."""
+    account = summary.setdefault("operations", {})
+    if not dense or not share:
+        account.pop("own_texts", None)
+        return []
+    records = bench.config.recover_steps * bench.config.batch_size * bench.accelerator.num_processes
+    count = texts_for(records, share)
+    with bench.accelerator.main_process_first():
+        texts = own_records(dense, bench.encoder, count, bench.config.seed, bench.folder / OWN)
+    account["own_texts"] = operations(dense, len(texts) * own_length(bench.encoder), 1)
+    return texts
+
+
 def _dense(bench: Workbench) -> PreTrainedModel:
     """The model before it was cut, as it is stored, for a recovery that learns from it."""
     config, device = bench.config, bench.accelerator.device
     with status(f"loading {config.model}, to learn from"):
         if bench.place:
-            return load_parts(config, folder_of(config.model), bench.accelerator)[0]
+            place = folder_of(config.model)
+            model = load_parts(config, place, bench.accelerator)[0]
+            _check_dense(bench, digest_model(model, place))
+            return model
         model, tokenizer = checkpoint.load(config.model)
+        _check_dense(bench, digest_model(model, None))
         if VOCABULARY in config.units:
             vocabulary.cut(model, vocabulary.shared_tokens(tokenizer, bench.tokenizer))
         return checkpoint.cast(model, compute_dtype(config.precision, device)).to(device).requires_grad_(False)
+
+
+def _check_dense(bench: Workbench, digest: str) -> None:
+    """A recovery that goes on learns from the model that it began with. Raises ValueError."""
+    check_unchanged(bench.progress, {"model": digest}, bench.folder)
+    if bench.writes:
+        bench.progress.write(bench.folder)
 
 
 @torch.no_grad()

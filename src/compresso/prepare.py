@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -46,9 +47,13 @@ RUN_MARKS = ("config.yaml", "env.json")
 
 
 def prepare(
-    config: PruneConfig, source: Path | None = None, progress: Progress | None = None, begins: bool = False
+    config: PruneConfig,
+    source: Path | None = None,
+    progress: Progress | None = None,
+    begins: bool = False,
+    held: ExitStack | None = None,
 ) -> Workbench:
-    """Load and check everything, then make the run folder.
+    """Load and check everything, then make the run folder, whose lock stays until `held` ends.
 
     With `progress` the folder is there already; `source` is then a model to take instead of the run's. What goes on in
     it, rather than `begins`, must find model, records and launch as they were: raises ValueError otherwise.
@@ -69,7 +74,7 @@ def prepare(
     if progress and not begins:
         _check_processes(progress, accelerator, folder)
     set_seed(config.seed)
-    model, tokenizer, stored, place = _load(config, str(source or config.model), accelerator)
+    model, tokenizer, stored, place, digest = _load(config, str(source or config.model), accelerator)
     config = with_units(config, model.config.model_type)
     if new:
         _check_target(config, describe(model))
@@ -86,8 +91,9 @@ def prepare(
         vocabulary.check(model, tokenizer)
     progress = progress or Progress()
     progress.processes = accelerator.num_processes
+    held = held or ExitStack()
     if new and config.records == "self":
-        _make_folder(config, accelerator, progress)
+        _make_folder(config, accelerator, progress, held)
     with accelerator.main_process_first():
         sources = read_records(config, model, encoder, prompt)
     facts: dict[str, Any] = {"stored_dtype": stored}
@@ -100,9 +106,10 @@ def prepare(
     windows = text_windows(text, tokenizer, config.perplexity_windows, min(WINDOW, context or WINDOW), shorter=True)
     _check_tokens(windows.flatten().tolist(), tokenizer, model.config.vocab_size)
     if new and config.records != "self":
-        _make_folder(config, accelerator, progress)
+        _make_folder(config, accelerator, progress, held)
     which = "smaller model" if source else "model"
-    _check_inputs(progress, {which: _digest_model(model, place), "records": _digest_records(sources, held_out)}, folder)
+    found = {which: digest, "records": digest_records(sources, held_out), "prompt": _digest_text(prompt.body)}
+    check_unchanged(progress, found, folder)
     if accelerator.is_main_process and (new or not begins):
         progress.write(folder)
     if config.tracker != "none":
@@ -137,7 +144,7 @@ def _check_processes(progress: Progress, accelerator: Accelerator, folder: Path)
         )
 
 
-def _check_inputs(progress: Progress, found: dict[str, str], folder: Path) -> None:
+def check_unchanged(progress: Progress, found: dict[str, str], folder: Path) -> None:
     """What a run goes on with must be what it began with."""
     for name, digest in found.items():
         if progress.inputs.setdefault(name, digest) != digest:
@@ -147,7 +154,7 @@ def _check_inputs(progress: Progress, found: dict[str, str], folder: Path) -> No
             )
 
 
-def _digest_model(model: PreTrainedModel, place: Path | None) -> str:
+def digest_model(model: PreTrainedModel, place: Path | None) -> str:
     """Of the shapes of its parameters, and of a few numbers of each; where it is not whole, of its files' sizes."""
     digest = hashlib.sha256()
     if place:
@@ -161,7 +168,11 @@ def _digest_model(model: PreTrainedModel, place: Path | None) -> str:
     return digest.hexdigest()
 
 
-def _digest_records(sources: list[Source] | list[Stream], held_out: list[Record]) -> str:
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_records(sources: list[Source] | list[Stream], held_out: list[Record]) -> str:
     """Of all records; of a stream, of those held out."""
     digest = hashlib.sha256()
     for record in itertools.chain(held_out, *(s.records for s in sources if isinstance(s, Source))):
@@ -171,8 +182,8 @@ def _digest_records(sources: list[Source] | list[Stream], held_out: list[Record]
 
 def _load(
     config: PruneConfig, source: str, accelerator: Accelerator
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, Path | None]:
-    """Model, tokenizer, the dtype it is stored in, and its folder if the model here is not whole."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, Path | None, str]:
+    """Model, tokenizer, the dtype it is stored in, its folder if the model here is not whole, and its digest."""
     with status(f"loading {source}"):
         if in_parts(config, accelerator):
             check_in_parts(config, _splits(config, accelerator))
@@ -180,12 +191,12 @@ def _load(
                 place = folder_of(source)
             tokenizer = checkpoint.load_tokenizer(str(place))
             model, stored = load_parts(config, place, accelerator)
-            return model, tokenizer, stored, place
+            return model, tokenizer, stored, place, digest_model(model, place)
         with accelerator.main_process_first():
             model, tokenizer = checkpoint.load(source)
-        stored = model.dtype
+        stored, digest = model.dtype, digest_model(model, None)  # of its own numbers, whatever this machine computes in
         dtype = compute_dtype(config.precision, accelerator.device)
-        return checkpoint.cast(model, dtype).to(accelerator.device), tokenizer, stored, None
+        return checkpoint.cast(model, dtype).to(accelerator.device), tokenizer, stored, None, digest
 
 
 def check_in_parts(config: PruneConfig, split: bool) -> None:
@@ -201,6 +212,8 @@ def check_in_parts(config: PruneConfig, split: bool) -> None:
             "--data self lets one process write, and weights that are split over processes need all of them; let a run "
             "that is not split write first (--steps 1 leaves RUN/self.jsonl), and give that file to --data"
         )
+    if config.own_share:
+        raise ValueError("--own-share needs whole weights in their own numbers, which write texts; leave it out")
     if config.also:
         raise ValueError("--also needs whole weights in their own numbers; run each sparsity by itself")
     if config.method != "l0":
@@ -367,16 +380,18 @@ def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
             )
 
 
-def _make_folder(config: PruneConfig, accelerator: Accelerator, progress: Progress) -> None:
+def _make_folder(config: PruneConfig, accelerator: Accelerator, progress: Progress, held: ExitStack) -> None:
     """From here on the run leaves traces; all that can be wrong with its input has been checked."""
     accelerator.wait_for_everyone()  # all have looked at what is there
     if not accelerator.is_main_process:
         return
+    _check_output(config)  # another command may have begun there since
     folder = Path(config.output)
     with whole_files.new_folder(folder) as partial:
         (partial / "config.yaml").write_text(replace(config, overwrite=False).to_yaml())  # asked for once
         (partial / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
         (partial / PROGRESS).write_bytes(progress.to_json())
+        held.enter_context(alone_in(partial))
 
 
 def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) -> list[Source]:

@@ -5,6 +5,7 @@ base model continues random tokens: the first three to five greedily, the rest s
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso import whole_files
 from compresso.batches import MARK, Encoder
 from compresso.chat import end_tokens
 from compresso.prompts import CollaborativePrompt
+from compresso.records import Record, read_sources
 from compresso.workbench import progress_bar
 
 AT_ONCE = 16
 TEXTS_AT_ONCE = 32
+OWN_LENGTH = 128
+MOST_TEXTS = 2048
 QUESTION_TOKENS, ANSWER_TOKENS, TEXT_TOKENS = 64, 160, 192
 
 
@@ -39,6 +44,26 @@ def write_records(
                 return
     if not written:
         raise ValueError("the model wrote no usable record of its own; use --data with a file")
+
+
+def own_records(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, path: Path) -> list[Record]:
+    """Plain texts of OWN_LENGTH tokens that the model samples, `count` of them, from the file where they are kept."""
+    if not path.exists():
+        ids = write_texts(model, encoder, count, own_length(encoder), seed)[:, 1:]
+        texts = encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts if text.strip()]
+        whole_files.write(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+    return read_sources(str(path))[0].records
+
+
+def texts_for(records: int, share: float) -> int:
+    """How many texts are written so that they make such a share of so many records, each about twice."""
+    return min(MOST_TEXTS, math.ceil(records * share / 2))
+
+
+def own_length(encoder: Encoder) -> int:
+    """Tokens of a text of `own_records`."""
+    return min(OWN_LENGTH, encoder.context or OWN_LENGTH)
 
 
 @torch.no_grad()

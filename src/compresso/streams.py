@@ -121,6 +121,13 @@ def without(sources: list[Source] | list[Stream], held_out: list[Record]) -> lis
     return [source for source in rest if source.records] or whole
 
 
+def interspersed(records: Iterator[Record], others: list[Record], share: float, seed: int) -> Iterator[Record]:
+    """The records, in the place of each of which one of the others comes with this probability."""
+    rng, own = random.Random(seed), mixed([Source("others", records=others)], seed)
+    while True:
+        yield next(own if rng.random() < share else records)
+
+
 def mixed(sources: list[Source] | list[Stream], seed: int) -> Iterator[Record]:
     """Records without end: shuffled anew each epoch; with weights, each draw picks its source by weight.
 

@@ -30,7 +30,7 @@ from compresso.prompts import CollaborativePrompt
 from compresso.records import Record, Source, similar_lengths
 from compresso.savepoints import Savepoint
 from compresso.stopping import DISCONNECTED, Stopped, uninterrupted
-from compresso.streams import Stream, mixed
+from compresso.streams import Stream, interspersed, mixed
 from compresso.train import Disconnected, Diverged
 from compresso.training import Training
 
@@ -70,6 +70,9 @@ class Workbench:
     place: Path | None = None
     """Folder of the checkpoint, where the model here is no whole one: it is cut on the way from files to files."""
 
+    device: str = ""
+    """Kind of device that the stage began on."""
+
     leave: Callable[[PreTrainedModel, Plan, float], None] | None = None
     """Saves what a plan cuts out of a model on its way to the target, at this sparsity (`--also`)."""
 
@@ -86,15 +89,20 @@ class Workbench:
         left = self.parameters - lost - sparsity * self.prunable
         return self.prompt.filled(sparsity=sparsity, target_sparsity=target, parameters=left)
 
-    def batches(self, seed: int, start: int = 0) -> Callable[[float], list[Batch]]:
+    def batches(
+        self, seed: int, start: int = 0, own: list[Record] | None = None, share: float = 0.0
+    ) -> Callable[[float], list[Batch]]:
         """A function of the sparsity so far that gives this process's parts of the next global batch.
 
         All processes draw the same records and each takes its share, so that the run does not
-        depend on how many there are. The first `start` batches are passed over.
+        depend on how many there are. The first `start` batches are passed over. Of `own` records comes such a share.
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = self.config.batch_size * processes
-        groups = similar_lengths(mixed(self.sources, seed), size, POOL, seed, self.encoder.lengths)
+        records = mixed(self.sources, seed)
+        if own:
+            records = interspersed(records, own, share, seed)
+        groups = similar_lengths(records, size, POOL, seed, self.encoder.lengths)
         groups = itertools.islice(groups, start, None)
 
         def next_batches(sparsity: float) -> list[Batch]:
@@ -124,6 +132,7 @@ class Workbench:
 
     def begin(self, stage: str, training: Training, found: Savepoint | None) -> None:
         """Go on from a checkpoint, or begin a stage; metrics.jsonl then ends with its last step."""
+        self.device = found.facts.get("device", "") if found else self.accelerator.device.type
         if found:
             training.restore(found.facts["training"], found.tensors())
             self.facts["operations"] = found.facts["operations"]
@@ -187,6 +196,7 @@ class Workbench:
             "training": training.facts(),
             "operations": self.facts.get("operations", {}),
             "seconds": began - self.began,
+            "device": self.device,
         }
         with uninterrupted():
             tensors = training.tensors()
