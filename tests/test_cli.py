@@ -106,6 +106,8 @@ def test_a_checkpoint_that_cannot_be_used(say, checkpoint, tmp_path, what, messa
         (["--also", "0.1,0.3"], "sparsities on the way to target_sparsity (0.2), got 0.1,0.3"),
         (["--also", "0.1", "--method", "wanda"], "only l0 passes smaller sparsities"),
         (["--also", "0.1", "--precision", "4bit"], "--also needs whole weights"),
+        (["--own-share", "0.5", "--precision", "4bit"], "--own-share needs whole weights"),
+        (["--own-share", "1"], "own_share must lie in [0, 1)"),
         (["--tune", "full", "--precision", "4bit"], "--tune full needs whole weights"),
         (["--prompt", "lnog"], "prompt 'lnog' is neither"),
         (["--data", "none.jsonl"], "no data file none.jsonl"),

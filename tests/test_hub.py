@@ -189,3 +189,12 @@ def test_errors_of_other_things_stay_what_they_are(served, waited):
 def test_local_folders_ask_no_hub(served, checkpoint):
     checkpoints.load(checkpoint)
     assert not [path for path in served.seen if "/org/" in path]
+
+
+def test_lines_of_a_file_are_the_rows_of_the_hub(tmp_path):
+    """WikiText's rows keep the ends of their lines; PTB's are bare sentences."""
+    (tmp_path / "ptb.txt").write_text(" no it was n't black monday \n but while <unk> \n\n")
+    assert texts.read_text("ptb", tmp_path)[0] == "no it was n't black monday\n\nbut while <unk>"
+    (tmp_path / "wikitext2.txt").write_text(" \n = Robert = \n \n An actor . \n")
+    rows = ["", " = Robert = \n", "", " An actor . \n"]
+    assert texts.read_text("wikitext2", tmp_path)[0] == "\n\n".join(rows)

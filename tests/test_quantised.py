@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compresso
+from compresso import quantised
 from compresso.cli import main
+from compresso.train import operations
 from tiny import tiny_model
 
 QUICK = {"steps": 6, "max_length": 48, "prompt": "short", "precision": "4bit", "target_sparsity": 0.3, "device": "cpu"}
@@ -43,6 +45,11 @@ def test_the_result_has_the_numbers_of_the_checkpoint_and_the_adapters(wide, dat
     assert 0 < nearest < 0.1, "the adapters' small change, not rounding to four bits"
     loaded = AutoModelForCausalLM.from_pretrained(run / "model", trust_remote_code=False)
     assert sum(p.numel() for p in loaded.parameters()) == summary["parameters"]["after"]
+
+
+def test_operations_count_weights_and_not_the_bytes_that_hold_them(wide):
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(wide).parameters())
+    assert operations(quantised.load(wide, torch.device("cpu"))[0], 1, 1) == 2 * whole
 
 
 def test_recovery_beside_four_bits_changes_the_saved_model(wide, data, tmp_path):

@@ -105,6 +105,20 @@ def test_several_runs_on_a_phone_and_in_print(browser, runs):
     assert len(printed) > 50_000
 
 
+def test_perplexities_of_other_texts_are_no_series(runs, tmp_path):
+    """Without --text a run is measured on its own held-out records, which follow the seed."""
+    shutil.copytree(runs / "smaller", tmp_path / "other")
+    path = tmp_path / "other" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["perplexity"]["dense"] *= 1.02
+    path.write_text(json.dumps(summary))
+    page = report([runs / "small", tmp_path / "other"], tmp_path / "both.html").read_text()
+    assert "size-perplexity" not in page
+    assert "were measured on another text" in page
+    of_runs = page[page.index('<h2 id="runs">') : page.index("</table>", page.index('<h2 id="runs">'))]
+    assert of_runs.count("(dense)") == 2
+
+
 class Links(HTMLParser):
     """Everything in a page that could fetch or run something."""
 

@@ -308,6 +308,29 @@ def test_uniform_with_one_kind_alone():
         assert plan.sparsity == pytest.approx(0.1, abs=0.05)
 
 
+def test_layers_that_stay_whole_leave_their_share_to_the_others(bench):
+    shape = ModelShape(32, 3, (LayerShape(4, 2, 8, 200),) * 16)
+    values = {unit: torch.rand(sum(shape.sizes(unit))) for unit in shape.inner_units}
+    plan = uniform(shape, values, 0.2, whole=(0, 1, 15))
+    kept = [width["intermediate_size"] for width in plan.widths()]
+    assert kept[:2] + kept[15:] == [200] * 3
+    assert len({*kept[2:15]}) == 1
+    assert plan.sparsity == pytest.approx(0.2, abs=0.01)
+    assert uniform(shape, values, 0.8, whole=(0, 1, 15)).widths()[0]["intermediate_size"] < 200, "more than they hold"
+
+
+@pytest.mark.parametrize("name", ["taylor", "taylor2", "magnitude"])
+def test_llm_pruner_leaves_first_and_last_layers_alone_unless_told_otherwise(bench, name):
+    bench.model = tiny_model("llama", num_hidden_layers=16)
+    whole = {}
+    for allocation in ("auto", "local"):
+        bench.config = replace(bench.config, method=name, allocation=allocation)
+        plan = METHODS[name](bench)[1]
+        assert plan.sparsity == pytest.approx(0.3, abs=0.02)
+        whole[allocation] = [i for i, layer in enumerate(plan.widths()) if layer["intermediate_size"] == 48]
+    assert whole == {"auto": [0, 1, 15], "local": []}
+
+
 def test_standardised_scores_have_no_scale():
     shape = ModelShape(64, 3, (LayerShape(4, 1, 16, 128),) * 3)
     values = torch.rand(3 * 128)

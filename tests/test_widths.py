@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig
 
 import compresso
-from compresso.allocation import equally_wide
+from compresso.allocation import decide, equally_wide
 from compresso.config import PruneConfig
 from compresso.hard_concrete import prob_open
-from compresso.masks import Masks
+from compresso.masks import CLOSED, Masks
 from compresso.shape import LayerShape, ModelShape
 from compresso.widths import Widths, parse
 from tiny import QUICK
@@ -52,7 +52,7 @@ def test_layers_are_equally_wide_and_meet_the_target(target, rules):
     plan = equally_wide(SHAPE, {u: prob_open(a) for u, a in log_alpha().items()}, target, rules)
     width = plan.widths()[0]
     assert all(other == width for other in plan.widths())
-    assert rules.allows(width["num_key_value_heads"])
+    assert rules.allows(width["num_key_value_heads"], width["num_attention_heads"] // width["num_key_value_heads"])
     assert width["intermediate_size"] % rules.round_to == 0
     assert plan.sparsity == pytest.approx(target, abs=0.02 if rules.round_to > 1 else 0.003)
 
@@ -89,6 +89,37 @@ def test_levelled_gates_close_as_many_units_in_each_layer_and_keep_their_order()
         assert max(counts) - min(counts) <= max(1, 0.1 * len(parts[0]))
         for old, new in zip(before[unit].split(SHAPE.sizes(unit)), parts, strict=True):
             assert torch.equal(old.argsort(), new.argsort())
+
+
+@pytest.mark.parametrize("rules", [Widths(True), Widths(True, 128), Widths(True, 32, 2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_closed_for_good_does_not_come_back(rules, seed):
+    """As `--also` closes it, where widths are coarse and another number of groups lies nearer to the target."""
+    scores = log_alpha(seed)
+    for target in (0.08, 0.12, 0.19, 0.28, 0.4):
+        plan = decide(SHAPE, scores, target, rules)
+        for unit, gates in plan.gates.items():
+            if unit in scores:
+                assert not (gates[scores[unit] == CLOSED] > 0).any()
+                scores[unit] = scores[unit].masked_fill(gates == 0, CLOSED)
+
+
+def test_equal_widths_cut_as_many_hidden_channels_as_the_gates_closed():
+    scores = {**log_alpha(), "hidden": torch.full((64,), 8.0)}
+    assert len(decide(SHAPE, scores, 0.3, Widths(True)).keep["hidden"][0]) == 64
+    scores["hidden"][:10] = -8
+    plan = decide(SHAPE, scores, 0.3, Widths(True))
+    assert plan.keep["hidden"][0].tolist() == list(range(10, 64))
+    assert plan.sparsity == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize(("ranks", "allowed"), [(2, [2, 4]), (4, [4]), (8, [8])])
+def test_query_heads_can_be_split_too(ranks, allowed):
+    """Of one group with three query heads no half can be given to each of two processes."""
+    rules = parse(f"tp:{ranks}")
+    assert [n for n in range(1, 9) if rules.allows(n, 3)] == [n for n in range(1, 9) if n % ranks == 0]
+    assert rules.allows(1, 8)
+    assert all(rules.allows(n, 1) for n in allowed)
 
 
 def test_what_equal_widths_cannot_reach_is_said():

@@ -6,17 +6,19 @@ layers and kinds comparable, so that one threshold serves for all.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
 from compresso import hard_concrete
+from compresso.masks import CLOSED
 from compresso.plan import Plan, select
 from compresso.shape import ModelShape
 from compresso.widths import Widths
 
 FAR = 0.05  # from the target: further away, equal widths are refused
+MOST_SHARED = 0.9  # of the parameters of layers that also give what whole ones do not
 UNEVEN = 0.005  # of the parameters: by how much a number of groups may miss the target, for the gates' sake
 
 
@@ -27,24 +29,34 @@ def uniform(
     round_to: int = 1,
     groups_kept: Callable[[int, int], int] | None = None,
     experts_kept: int | None = None,
+    hidden_kept: int | None = None,
+    whole: Collection[int] = (),
 ) -> Plan:
     """Keep the best of every layer, the same share in all of them.
 
     With hidden channels, width and hidden size shrink by the same factor. Groups are coarse: only those go that the
     share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest. So are experts; with channels,
     both shrink by the same factor. `groups_kept` may change the number of groups that this rule keeps, given it and how
-    many there are; `experts_kept` is a number of experts instead of the rule's.
+    many there are; `experts_kept` is a number of experts, `hidden_kept` one of hidden channels, instead of the rule's.
+    Layers that stay `whole`, by number, leave their share to the others.
     """
-    left = 1 - target_sparsity
+    rows_of = [*map(shape.rows, shape.layers)]
+    shared = target_sparsity * sum(rows_of) / sum(rows for i, rows in enumerate(rows_of) if i not in whole)
+    whole, left = (whole, 1 - shared) if shared < MOST_SHARED else ((), 1 - target_sparsity)
     gates = shape.open_gates()
     if "hidden" in scores:
-        kept = _whole(shape.hidden_size * left**0.5, shape.hidden_size, round_to)
+        wanted = shape.hidden_size * left**0.5 if hidden_kept is None else hidden_kept
+        kept = _whole(wanted, shape.hidden_size, round_to)
         gates["hidden"] = best(scores["hidden"], kept)
         left *= shape.hidden_size / kept
     parts: dict[str, list[Tensor]] = {unit: [] for unit in shape.inner_units}
     before = {unit: gates[unit].split(shape.sizes(unit)) for unit in parts}
     of = {unit: scores[unit].split(shape.sizes(unit)) for unit in parts if unit in scores}
     for i, layer in enumerate(shape.layers):
+        if i in whole:
+            for unit, own in parts.items():
+                own.append(before[unit][i])
+            continue
         groups, channels, experts = layer.num_key_value_heads, layer.intermediate_size, layer.experts
         rows = left * shape.rows(layer)
         if "kv_group" in of and groups:
@@ -75,17 +87,25 @@ def decide(shape: ModelShape, log_alpha: dict[str, Tensor], target_sparsity: flo
     """What goes, of learned gates."""
     if rules.uniform:
         probability = {unit: hard_concrete.prob_open(a) for unit, a in log_alpha.items()}
-        return equally_wide(shape, probability, target_sparsity, rules)
+        closed = {unit: a <= CLOSED / 2 for unit, a in log_alpha.items()}
+        return equally_wide(shape, probability, target_sparsity, rules, closed)
     return select(shape, log_alpha, target_sparsity, rules.round_to)
 
 
-def equally_wide(shape: ModelShape, open_probability: dict[str, Tensor], target_sparsity: float, rules: Widths) -> Plan:
+def equally_wide(
+    shape: ModelShape,
+    open_probability: dict[str, Tensor],
+    target_sparsity: float,
+    rules: Widths,
+    closed: dict[str, Tensor] | None = None,
+) -> Plan:
     """The plan whose layers are equally wide that contradicts learned gates least.
 
     `open_probability` maps each kind of unit to the probability that each is open. Of every number of groups that the
     rules allow, with the FFN width that then meets the target, the one is taken that has the fewest parameters in units
-    that it keeps and the gates would close, or the other way round. Raises ValueError if the model's layers differ, or
-    no widths that the rules allow come near the target.
+    that it keeps and the gates would close, or the other way round. Hidden channels stay as many as are expected to be
+    open. No unit that is `closed` for good comes back. Raises ValueError if the model's layers differ, or no widths
+    that the rules allow come near the target.
     """
     if len(set(shape.layers)) > 1:
         raise ValueError("--shape uniform needs a model whose layers are equally wide; this one was pruned unequally")
@@ -93,16 +113,20 @@ def equally_wide(shape: ModelShape, open_probability: dict[str, Tensor], target_
     if rules.round_to > narrowest:
         raise ValueError(f"widths in multiples of {rules.round_to} do not fit a width of {narrowest}")
     most = shape.layers[0].num_key_value_heads
-    allowed = [n for n in range(1, most + 1) if rules.allows(n)] if "kv_group" in open_probability else [most]
+    queries = shape.layers[0].queries_per_group
+    allowed = [n for n in range(1, most + 1) if rules.allows(n, queries)] if "kv_group" in open_probability else [most]
+    hidden = round(float(open_probability["hidden"].double().sum())) if "hidden" in open_probability else None
     experts: list[int | None] = [None]
     if "expert" in open_probability:
         experts = list(range(shape.experts_per_token, shape.layers[0].experts + 1))
     plans = [
-        uniform(shape, open_probability, target_sparsity, rules.round_to, lambda *_, n=n: n, e)
+        uniform(shape, open_probability, target_sparsity, rules.round_to, lambda *_, n=n: n, e, hidden)
         for n, e in itertools.product(allowed, experts)
     ]
+    gone = {unit: which.cpu() for unit, which in (closed or {}).items()}
+    plans = [plan for plan in plans if not any((plan.gates[unit][which] > 0).any() for unit, which in gone.items())]
     nearest = min((abs(plan.sparsity - target_sparsity) for plan in plans), default=1.0)
-    if nearest > FAR:
+    if nearest > FAR and not any(which.any() for which in gone.values()):  # else it is what `--also` has left
         found = ", ".join(f"{sparsity:.3f}" for sparsity in sorted({plan.sparsity for plan in plans})) or "nothing"
         raise ValueError(
             f"equal widths by these rules remove {found} of the prunable parameters, and {target_sparsity} was asked "

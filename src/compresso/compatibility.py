@@ -4,7 +4,6 @@ What can be run without a GPU is run by the tests; the rest is read from the run
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from compresso import checkpoint
 from compresso.export import FORMATS, shapes_at
 from compresso.families import PER_LAYER_PREFIX, family_of
-from compresso.shape import describe
+from compresso.shape import LayerShape, describe
 from compresso.workbench import console
 
 RUN, READ = "run by the tests", "read from its code"
@@ -61,11 +60,10 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
     fills = "export --to padded" if as_many else "prune --shape uniform"
     padded = {name: fills if name in family.native else "another runtime" for name in VERSIONS}
     if stock:
-        parallel = math.gcd(layers[0].num_key_value_heads, layers[0].intermediate_size)
         first = layers[0]
         fourfold = first.intermediate_size == 4 * shape.hidden_size
         narrower = first.num_key_value_heads * first.columns("kv_group") != shape.hidden_size
-        native = f"a stock {config.model_type}", f"tensor parallel over {_divisors(parallel)}"
+        native = f"a stock {config.model_type}", f"tensor parallel over {_parallel(first)}"
         read = []
         for runtime, version in VERSIONS.items():
             if runtime not in family.native:
@@ -130,8 +128,11 @@ def _llama_cpp(model: PreTrainedModel) -> Verdict:
     return Verdict(name, False, why, do, RUN)
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in (1, 2, 4, 8, 16) if number % n == 0)
+def _parallel(layer: LayerShape) -> str:
+    """Over how many processes a layer may be split: key/value heads are split too, or held by several."""
+    heads, groups = layer.widths["num_attention_heads"], layer.num_key_value_heads
+    counts = [n for n in (1, 2, 4, 8, 16) if heads % n == 0 and layer.intermediate_size % n == 0]
+    return ", ".join(str(n) for n in counts if groups % n == 0 or n % groups == 0)
 
 
 def check(run: str) -> list[Verdict]:

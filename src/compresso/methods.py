@@ -23,19 +23,27 @@ Method = Callable[[Workbench], tuple[PreTrainedModel, Plan]]
 
 
 def one_shot(
-    bench: Workbench, score: Callable[[Workbench], scores.Scores], allocation: str, comparable: bool = False
+    bench: Workbench,
+    score: Callable[[Workbench], scores.Scores],
+    allocation: str,
+    comparable: bool = False,
+    spared: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[PreTrainedModel, Plan]:
     """Remove the units of lowest score, layer by layer or (`allocation` global) by one threshold for all.
 
-    Scores that are `comparable` between layers and kinds are not standardised for it. With `--refit` the model is
-    changed for the plan.
+    Scores that are `comparable` between layers and kinds are not standardised for it. `spared` are the shares of first
+    and last layers that stay whole unless an allocation is asked for. With `--refit` the model is changed for the plan.
     """
     config, shape = bench.config, describe(bench.model)
     found = {unit: values for unit, values in score(bench).items() if unit in config.gates}
     allocation = allocation if config.allocation == "auto" else config.allocation
     rules = config.widths
     if rules.uniform or allocation == "local":
-        plan = uniform(shape, found, config.target_sparsity, rules.round_to, rules.nearest)
+        layers, nearest = len(shape.layers), partial(rules.nearest, queries=shape.layers[0].queries_per_group)
+        first, last = (round(share * layers) for share in spared)
+        by_itself = config.allocation == "auto" and not rules.uniform
+        whole = [*range(first), *range(layers - last, layers)] if by_itself else []
+        plan = uniform(shape, found, config.target_sparsity, rules.round_to, nearest, whole=whole)
     else:
         plan = select(
             shape, found if comparable else standardised(shape, found), config.target_sparsity, rules.round_to
@@ -60,14 +68,15 @@ def shortgpt(bench: Workbench) -> tuple[PreTrainedModel, Plan]:
     return bench.model, whole_layers(describe(bench.model), influence, bench.config.target_sparsity)
 
 
+_like_llm_pruner = partial(one_shot, allocation="local", spared=(1 / 8, 1 / 16))  # its README: layers 4 to 29 of 32
 METHODS: dict[str, Method] = {
     "l0": l0,
     "random": partial(one_shot, score=scores.random, allocation="local"),
-    "magnitude": partial(one_shot, score=scores.magnitude, allocation="local"),
+    "magnitude": partial(_like_llm_pruner, score=scores.magnitude),
     "wanda": partial(one_shot, score=scores.wanda, allocation="local"),
     "flap": flap,
-    "taylor": partial(one_shot, score=scores.taylor, allocation="local"),
-    "taylor2": partial(one_shot, score=scores.taylor_second, allocation="local"),
+    "taylor": partial(_like_llm_pruner, score=scores.taylor),
+    "taylor2": partial(_like_llm_pruner, score=scores.taylor_second),
     "fisher": partial(one_shot, score=fisher, allocation="global", comparable=True),
     "minitron": partial(one_shot, score=scores.minitron, allocation="local"),
     "shortgpt": shortgpt,

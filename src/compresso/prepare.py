@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from compresso import allocation, checkpoint, demo, quantised, sharded, tuning, vocabulary, whole_files
+from compresso import allocation, checkpoint, demo, hard_concrete, quantised, sharded, tuning, vocabulary, whole_files
 from compresso.adapters import linear_names
 from compresso.batches import Encoder
 from compresso.calibration import check_inputs
@@ -357,7 +357,8 @@ def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
 
 def _check_target(config: PruneConfig, shape: ModelShape) -> None:
     """Let the plan's own rules speak before hours of training, on made-up scores."""
-    scores = {unit: torch.zeros(sum(shape.sizes(unit))) for unit in config.gates}
+    open_alike = {"hidden": hard_concrete.LIMIT}  # which equal widths take as many of as are expected to be open
+    scores = {unit: torch.full((sum(shape.sizes(unit)),), open_alike.get(unit, 0.0)) for unit in config.gates}
     for target in (*config.also, config.target_sparsity):
         allocation.decide(shape, scores, target, config.widths)
     if config.method == "shortgpt":

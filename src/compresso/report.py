@@ -77,6 +77,11 @@ class Run:
         return f"{_ends([self.summary['model']])[0]} (dense)"
 
     @property
+    def yardstick(self) -> tuple[str, int, str]:
+        """What perplexities were measured with: runs of another model, window or held-out text do not compare."""
+        return self.dense, self.summary["perplexity_window"], f"{self.summary['perplexity']['dense']:.3g}"
+
+    @property
     def kept(self) -> dict[str, list[tuple[int, int]]]:
         """(kept, before) of each kind of unit, in every layer; a sub-layer that was missing before counts 0."""
         sizes = {unit: self.plan.shape.sizes(unit) for unit in self.plan.gates}
@@ -297,7 +302,7 @@ def _drawings(runs: Sequence[Run], evaluation: dict[str, Any]) -> dict[str, Call
             if math.isfinite(value) and value > 0:
                 sizes.setdefault(name, run.summary["parameters"][size])
                 marks.setdefault(name, Mark("", name, value, value, value))
-    if len(marks) > 2:
+    if len(marks) > 2 and len({run.yardstick for run in runs}) == 1:
         label = f"perplexity, {runs[0].summary['perplexity_window']}-token windows"
         drawings["size-perplexity"] = partial(
             charts.size_quality, marks=[*marks.values()], sizes=sizes, models=models, label=label, low_is_good=True
@@ -341,7 +346,8 @@ def _of_scores(evaluation: dict[str, Any], models: dict[str, bool], kind: str) -
         drawings[changed] = partial(charts.dots, marks=changes, models=models, label=change, zero=True)
     sizes = {model: about["parameters"] for model, about in evaluation["models"].items()}
     for task in list(marks)[:1] if kind == "perplexity" else [task for task in marks if task.startswith(MEAN)]:
-        if len(marks[task]) > 2:
+        of_task = [rows[task].get("documents") for rows in evaluation["results"].values() if task in rows]
+        if len(marks[task]) > 2 and len({*of_task}) == 1:
             label, low_is_good = (f"{task}, %", False) if kind == "share" else (f"perplexity, {task}", True)
             drawings["size-" + re.sub(r"[^A-Za-z0-9]+", "-", task)] = partial(
                 charts.size_quality, marks=marks[task], sizes=sizes, models=models, label=label, low_is_good=low_is_good

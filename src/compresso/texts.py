@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compresso import hub
 
@@ -18,8 +18,8 @@ class Text:
     """Arguments of datasets.load_dataset."""
     column: str
     separator: str
-    lines: bool
-    """Whether a row of the data set is a line of the file."""
+    lines: Literal["with ends", "stripped"] | None
+    """Whether a row of the data set is a line of the file, with the end of the line or stripped; None: neither."""
 
 
 TEXTS = {
@@ -28,7 +28,7 @@ TEXTS = {
         {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
         "text",
         "\n\n",
-        True,
+        "with ends",
     ),
     "ptb": Text(
         ("ptb.txt", "ptb*test*.txt", "ptb*.txt"),
@@ -40,14 +40,14 @@ TEXTS = {
         },
         "sentence",
         "\n\n",
-        True,
+        "stripped",
     ),
     "c4": Text(
         ("c4.txt", "c4*valid*.txt", "c4*.txt"),
         {"path": "allenai/c4", "data_files": "en/c4-validation.00000-of-00008.json.gz", "split": "train[:1100]"},
         "text",
         " ",
-        False,
+        None,
     ),
 }
 
@@ -74,8 +74,10 @@ def read_text(name: str, data_dir: Path | None) -> tuple[str, str]:
     if path is None:
         raise FileNotFoundError(f"no file {text.patterns[-1]} in {data_dir} or {data_dir / 'text'}")
     content = path.read_text(encoding="utf-8")
-    if text.lines:
+    if text.lines == "with ends":
         content = text.separator.join(line if line.strip() else "" for line in content.splitlines(keepends=True))
+    elif text.lines == "stripped":
+        content = text.separator.join(line.strip() for line in content.splitlines() if line.strip())
     return content, path.name
 
 

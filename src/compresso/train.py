@@ -175,7 +175,8 @@ def recomputed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 def operations(model: PreTrainedModel, tokens: int, passes: int) -> int:
     """Floating-point operations of passes of a model over tokens: two for a token and each parameter that it meets; a
     backward pass counts as two passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
-    return 2 * passes * tokens * (sum(p.numel() for p in model.parameters()) - idle(model))
+    weights = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())  # NF4: two a byte
+    return 2 * passes * tokens * (weights - idle(model))
 
 
 def gate_learning_rate(steps: int) -> float:

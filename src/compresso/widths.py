@@ -18,14 +18,16 @@ class Widths:
     round_to: int = 1
     """Kept FFN widths and the hidden size are multiples of this."""
     groups: int = 1
-    """Kept groups are a multiple of this, or divide it."""
+    """Kept groups are a multiple of this, or divide it; their query heads together are a multiple."""
 
-    def allows(self, groups: int) -> bool:
-        return groups % self.groups == 0 or self.groups % groups == 0
+    def allows(self, groups: int, queries: int) -> bool:
+        """Whether so many groups, of so many query heads each, are allowed."""
+        divided = groups % self.groups == 0 or self.groups % groups == 0
+        return divided and groups * queries % self.groups == 0
 
-    def nearest(self, groups: int, most: int) -> int:
+    def nearest(self, groups: int, most: int, queries: int) -> int:
         """The allowed number of groups that is nearest to this one, the larger of two; all of them if none is."""
-        allowed = [n for n in range(1, most + 1) if self.allows(n)]
+        allowed = [n for n in range(1, most + 1) if self.allows(n, queries)]
         return min(allowed, key=lambda n: (abs(n - groups), -n), default=most)
 
 
