@@ -228,7 +228,8 @@ def quality_table(found: dict[str, Any]) -> str:
     versions = found["versions"]
     text = (
         "Mean (smallest to largest); less ours: answers to the same documents less those of Compresso with as many "
-        "operations (3e14 for plans without recovery), the mean of all seeds, 95 % interval of documents; "
+        "operations (3e14 for plans without recovery), the mean of the seeds that were asked, 95 % interval of "
+        "documents; "
         f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
     return "\n".join([*lines, "", text])
