@@ -193,7 +193,7 @@ def test_out_of_memory_halves_the_batch_once(place, monkeypatch, capsys):
 
 
 def test_nothing_of_the_first_attempt_is_in_memory_when_the_second_begins(place, monkeypatch):
-    trouble(monkeypatch, {3, 10}, out_of_memory)  # in the run, and in a recovery of it
+    trouble(monkeypatch, {3}, out_of_memory)
     left = []
 
     def again(folder):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compresso import hard_concrete
-from compresso.masks import CLOSED
+from compresso.masks import is_closed
 from compresso.plan import Plan, select
 from compresso.shape import ModelShape
 from compresso.widths import Widths
@@ -87,7 +87,7 @@ def decide(shape: ModelShape, log_alpha: dict[str, Tensor], target_sparsity: flo
     """What goes, of learned gates."""
     if rules.uniform:
         probability = {unit: hard_concrete.prob_open(a) for unit, a in log_alpha.items()}
-        closed = {unit: a <= CLOSED / 2 for unit, a in log_alpha.items()}
+        closed = {unit: is_closed(a) for unit, a in log_alpha.items()}
         return equally_wide(shape, probability, target_sparsity, rules, closed)
     return select(shape, log_alpha, target_sparsity, rules.round_to)
 
@@ -104,8 +104,8 @@ def equally_wide(
     `open_probability` maps each kind of unit to the probability that each is open. Of every number of groups that the
     rules allow, with the FFN width that then meets the target, the one is taken that has the fewest parameters in units
     that it keeps and the gates would close, or the other way round. Hidden channels stay as many as are expected to be
-    open. No unit that is `closed` for good comes back. Raises ValueError if the model's layers differ, or no widths
-    that the rules allow come near the target.
+    open. Units that are `closed` for good do not come back, as far as widths allow. Raises ValueError if the model's
+    layers differ, or no widths that the rules allow come near the target.
     """
     if len(set(shape.layers)) > 1:
         raise ValueError("--shape uniform needs a model whose layers are equally wide; this one was pruned unequally")
@@ -124,7 +124,8 @@ def equally_wide(
         for n, e in itertools.product(allowed, experts)
     ]
     gone = {unit: which.cpu() for unit, which in (closed or {}).items()}
-    plans = [plan for plan in plans if not any((plan.gates[unit][which] > 0).any() for unit, which in gone.items())]
+    nested = [plan for plan in plans if not any((plan.gates[unit][which] > 0).any() for unit, which in gone.items())]
+    plans = nested or plans  # hidden channels that went since may leave FFNs wider than before
     nearest = min((abs(plan.sparsity - target_sparsity) for plan in plans), default=1.0)
     if nearest > FAR and not any(which.any() for which in gone.values()):  # else it is what `--also` has left
         found = ", ".join(f"{sparsity:.3f}" for sparsity in sorted({plan.sparsity for plan in plans})) or "nothing"

@@ -29,7 +29,7 @@ from compresso.config import nearest_path
 from compresso.families import FAMILIES, PER_LAYER_PREFIX, family_of
 from compresso.mixtures import sort_channels
 from compresso.prompts import CollaborativePrompt
-from compresso.shape import check_config, describe
+from compresso.shape import check_config, describe, main_rope
 from compresso.unfused import UNFUSED
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -365,12 +365,10 @@ def _add_older_names(folder: Path, config: PreTrainedConfig) -> None:
     family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))
     if family and family.num_experts and family.num_experts in config.attribute_map:
         settings[family.num_experts] = getattr(config, family.num_experts)
-    rope = settings.get("rope_parameters") or {}
-    local = rope.get("sliding_attention")
-    rope = rope.get("full_attention", rope)
+    rope = main_rope(config)
     older = {"rope_theta": rope.get("rope_theta")}
-    if local:  # Gemma 3
-        older["rope_local_base_freq"] = local.get("rope_theta")
+    if local := (settings.get("rope_parameters") or {}).get("sliding_attention"):  # Gemma 3
+        older["rope_local_base_freq"] = local["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     if config.model_type.endswith("gpt_neox"):

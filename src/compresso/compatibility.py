@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compresso import checkpoint
 from compresso.export import FORMATS, shapes_at
 from compresso.families import PER_LAYER_PREFIX, family_of
-from compresso.shape import LayerShape, describe
+from compresso.shape import LayerShape, ModelShape, describe
 from compresso.workbench import console
 
 RUN, READ = "run by the tests", "read from its code"
@@ -60,21 +60,7 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
     fills = "export --to padded" if as_many else "prune --shape uniform"
     padded = {name: fills if name in family.native else "another runtime" for name in VERSIONS}
     if stock:
-        first = layers[0]
-        fourfold = first.intermediate_size == 4 * shape.hidden_size
-        narrower = first.num_key_value_heads * first.columns("kv_group") != shape.hidden_size
-        native = f"a stock {config.model_type}", f"tensor parallel over {_parallel(first)}"
-        read = []
-        for runtime, version in VERSIONS.items():
-            if runtime not in family.native:
-                why, do = f"no class for {config.model_type} that we know of", "another runtime"
-            elif narrower and config.model_type in SQUARE.get(runtime, ()):
-                why, do = "its heads have to be as wide together as the hidden size", "prune --units intermediate"
-            elif not fourfold and config.model_type in FOURFOLD.get(runtime, ()):
-                why, do = "its FFN has to be four times as wide as the hidden size", "another runtime"
-            else:
-                why, do = native[0], "mlx_lm.convert" if runtime == "MLX" else native[1]
-            read.append(Verdict(runtime, why == native[0], why, do, f"{READ} ({version})"))
+        read = [_of_stock(runtime, config.model_type, shape) for runtime in VERSIONS]
     else:
         nas = "export --to nemotron-nas, native there" if deci else padded["vLLM"]
         backend = "--model-impl transformers --trust-remote-code"
@@ -110,6 +96,22 @@ def verdicts(model: PreTrainedModel) -> list[Verdict]:
         Verdict("onnxruntime", False, "needs an ONNX graph", "export --to onnx", RUN),
         *read,
     ]
+
+
+def _of_stock(runtime: str, model_type: str, shape: ModelShape) -> Verdict:
+    """What a runtime makes of a stock class, all of whose layers are as wide."""
+    layer, known = shape.layers[0], f"{READ} ({VERSIONS[runtime]})"
+    if runtime not in family_of(model_type).native:
+        return Verdict(runtime, False, f"no class for {model_type} that we know of", "another runtime", known)
+    wide = layer.num_key_value_heads * layer.columns("kv_group") == shape.hidden_size
+    if model_type in SQUARE.get(runtime, ()) and not wide:
+        why = "its heads have to be as wide together as the hidden size"
+        return Verdict(runtime, False, why, "prune --units intermediate", known)
+    if model_type in FOURFOLD.get(runtime, ()) and layer.intermediate_size != 4 * shape.hidden_size:
+        why = "its FFN has to be four times as wide as the hidden size"
+        return Verdict(runtime, False, why, "another runtime", known)
+    do = "mlx_lm.convert" if runtime == "MLX" else f"tensor parallel over {_parallel(layer)}"
+    return Verdict(runtime, True, f"a stock {model_type}", do, known)
 
 
 def _llama_cpp(model: PreTrainedModel) -> Verdict:

@@ -99,9 +99,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         weights["dense model, to learn from"] = weights["weights"]
     passes = 2 + (tune == "full") + config.gradient_checkpointing + bool(config.distill)
     used = 2.0 * (parameters - idle(whole))
-    whole_weights = not config.sharded and config.precision != "4bit"
-    share = tuning.own_share(config, tune, config.target_sparsity) if whole_weights else 0.0
-    written = OWN_LENGTH * texts_for(config.recover_steps * config.batch_size * processes, share)
+    written = OWN_LENGTH * texts_for(config.recover_steps * config.batch_size * processes, config.own_share)
     calibration = used * processes * calibration_tokens(config, prompt_tokens)
     recovering = {}
     if config.recover_steps:

@@ -19,7 +19,7 @@ except ImportError:
 from compresso import checkpoint, demo, eval_file, eval_table
 from compresso.batches import Encoder
 from compresso.chat import prompt_for
-from compresso.config import EvaluateConfig, read_yaml
+from compresso.config import EvaluateConfig, changed, read_yaml
 from compresso.cost import fitting, measure_costs
 from compresso.families import PER_LAYER_PREFIX
 from compresso.measure import Subject, headline, measure, settings_of
@@ -40,7 +40,7 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, 
     Settings are those of `EvaluateConfig`, by name. Raises ValueError or FileNotFoundError for
     what a user can mend; what was measured before is in the file by then.
     """
-    config = EvaluateConfig(**{**(vars(config) if config else {}), **settings})
+    config = EvaluateConfig(**changed(vars(config) if config else {}, settings))
     names = [models] if isinstance(models, str) else list(models)
     if not names:
         raise ValueError("name at least one model: a run folder, a checkpoint folder, a .gguf file or a hub id")

@@ -23,7 +23,7 @@ from compresso.config import nearest
 from compresso.families import FAMILIES, PER_LAYER_PREFIX
 from compresso.padding import alike, check_experts, largest, pad, padded_config, with_equal_queries
 from compresso.prompts import find_prompt
-from compresso.shape import LayerShape, describe
+from compresso.shape import LayerShape, describe, main_rope
 from compresso.streamed import shapes_of
 from compresso.unfused import taken_apart
 from compresso.workbench import console, release_memory, status
@@ -311,7 +311,7 @@ def _refuse_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     from compresso import onnx_file
 
     onnx_file.check()
-    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+    kind = main_rope(model.config).get("rope_type")
     if kind in ("longrope", "dynamic"):
         raise ValueError(
             f"the positions of this model are scaled by how long a text is (rope_type {kind}), which an ONNX graph "

@@ -20,7 +20,7 @@ from compresso import gguf_numbers
 from compresso.families import PER_LAYER_PREFIX, Family, family_of
 from compresso.gguf_tokens import write_tokens
 from compresso.padding import largest, pad
-from compresso.shape import LayerShape, describe, head_dim_of
+from compresso.shape import LayerShape, describe, head_dim_of, main_rope
 
 ZERO_CHANNELS = 32  # of an FFN that was removed and that a loader cannot do without
 
@@ -158,15 +158,9 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
     return name
 
 
-def _main_rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """The rotary settings, those of full attention where sliding attention has its own."""
-    rope = config.rope_parameters
-    return rope.get("full_attention", rope)
-
-
 def _rotated(config: PreTrainedConfig) -> int:
     """Of the entries of a head, those that rotary positions turn."""
-    return int(head_dim_of(config) * _main_rope(config).get("partial_rotary_factor", 1.0))
+    return int(head_dim_of(config) * main_rope(config).get("partial_rotary_factor", 1.0))
 
 
 def rope_factors(model: PreTrainedModel) -> Tensor | None:
@@ -175,7 +169,7 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
     Raises ValueError for scalings that depend on the length of the text or scale attention.
     """
     config = model.config
-    rope = _main_rope(config)
+    rope = main_rope(config)
     rotary = model.get_submodule(family_of(config.model_type).layers.rpartition(".")[0]).rotary_emb
     with torch.device("cpu"):
         rotary = type(rotary)(config)  # the model's own may be a shape without numbers
@@ -227,7 +221,7 @@ def _write_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Archi
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(_rotated(config))
-    writer.add_rope_freq_base(_main_rope(config)["rope_theta"])
+    writer.add_rope_freq_base(main_rope(config)["rope_theta"])
     if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
     for add, key in (

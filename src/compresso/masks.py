@@ -25,6 +25,11 @@ from compresso.shape import ModelShape, has, sparsity
 CLOSED = -1e4  # log_alpha of a gate that no draw opens
 
 
+def is_closed(log_alpha: Tensor) -> Tensor:
+    """Which gates are closed for ever, a boolean for each."""
+    return log_alpha <= CLOSED / 2
+
+
 class Masks(nn.Module):
     """The learned parameters: one log_alpha per unit of the chosen kinds, in float32 on the CPU.
 
@@ -68,8 +73,8 @@ class Masks(nn.Module):
         """
         for unit, a in self.log_alpha.items():
             gone = 1 - float(hard_concrete.prob_open(a).mean())
-            parts = [part for part in a.split(self.shape.sizes(unit)) if (part > CLOSED / 2).any()]
-            bounds = torch.stack([part[part > CLOSED / 2].quantile(gone) for part in parts])
+            parts = [part for part in a.split(self.shape.sizes(unit)) if not is_closed(part).all()]
+            bounds = torch.stack([part[~is_closed(part)].quantile(gone) for part in parts])
             for part, bound in zip(parts, bounds, strict=True):
                 part += bounds.mean() - bound
 

@@ -32,12 +32,21 @@ from compresso.mixtures import sort_channels
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
-from compresso.prepare import check_unchanged, digest_model, digest_records, load_parts, prepare, read_records, versions
+from compresso.prepare import (
+    check_in_parts,
+    check_unchanged,
+    digest_model,
+    digest_records,
+    load_parts,
+    prepare,
+    read_records,
+    versions,
+)
 from compresso.progress import Progress
 from compresso.records import Record
 from compresso.schemas import SUMMARY as SUMMARY_SCHEMA
 from compresso.schemas import parse
-from compresso.self_data import own_length, own_records, texts_for
+from compresso.self_data import kept_texts, own_length, texts_for
 from compresso.shape import count_prunable, prunable_parameters
 from compresso.streamed import count_parameters, folder_of, write_cut
 from compresso.streams import without
@@ -58,19 +67,9 @@ SUMMARY = "summary.json"
 OWN = "own.jsonl"
 ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
 RECOVERY = (
-    *("recover_steps", "preset", "data", "stream", "self_records", "batch_size", "accumulation", "seed", "sample"),
-    *(
-        "learning_rate",
-        "distill",
-        "own_share",
-        "clip",
-        "tune",
-        "lora_rank",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_targets",
-    ),
-    *("gradient_checkpointing", "checkpoint_seconds", "checkpoints"),
+    *("recover_steps", "preset", "data", "stream", "self_records", "own_share", "batch_size", "accumulation"),
+    *("learning_rate", "distill", "clip", "tune", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    *("gradient_checkpointing", "checkpoint_seconds", "checkpoints", "seed", "sample"),
 )
 """Settings that a recovery may change; the others are those of the run."""
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
@@ -205,6 +204,8 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
         if begins:
             base = folder / "model"
     bench = prepare(of_run, source=base, progress=now, begins=begins)  # its held-out records stay held out
+    if bench.place:
+        check_in_parts(config, split=config.precision != "4bit")
     bench.config = config
     if "data" in now.settings:
         bench.sources = without(read_records(config, bench.model, bench.encoder, bench.prompt), bench.held_out)
@@ -409,21 +410,19 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     """Train the smaller model, or LoRA on it; score the result and save it."""
     config, folder = bench.config, bench.folder / "model"
     share = tuning.distill(config, bench.tune)
-    own_share = 0.0 if bench.place else tuning.own_share(config, bench.tune, plan.sparsity)
-    dense = _dense(bench) if share or own_share else None
-    own = _own_texts(bench, dense, own_share, summary)
+    dense = _dense(bench) if share or config.own_share else None
+    own = _own_texts(bench, dense, summary)
     teacher = Teacher(dense, share) if dense and share else None
     del dense
     found = bench.newest("recover")
-    device = bench.accelerator.device.type if found is None else found.facts.get("device", "cpu")  # where it began
-    with few_widths(model, wanted=device == "cpu" and bench.tune == "full"):
+    with few_widths(model, wanted=bench.began_on(found) == "cpu" and bench.tune == "full"):
         wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
         training = Training(inside(wrapped), config.seed + 1, sparsity=plan.sparsity)
         bench.begin("recover", training, found)
         rows = fit(
             bench.accelerator,
             training,
-            bench.batches(config.seed + 1, training.step, own, own_share),
+            bench.batches(config.seed + 1, training.step, own),
             steps=config.recover_steps,
             learning_rate=tuning.learning_rate(config, bench.tune, plan.sparsity),
             clip=config.clip,
@@ -446,16 +445,16 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
         _save_checked(bench, model, folder, summary)
 
 
-def _own_texts(bench: Workbench, dense: PreTrainedModel | None, share: float, summary: dict[str, Any]) -> list[Record]:
+def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[str, Any]) -> list[Record]:
     """What the dense model writes for recovery, once a run; it is accounted for."""
-    account = summary.setdefault("operations", {})
+    account, share = summary.setdefault("operations", {}), bench.config.own_share
     if not dense or not share:
         account.pop("own_texts", None)
         return []
     records = bench.config.recover_steps * bench.config.batch_size * bench.accelerator.num_processes
     count = texts_for(records, share)
     with bench.accelerator.main_process_first():
-        texts = own_records(dense, bench.encoder, count, bench.config.seed, bench.folder / OWN)
+        texts = kept_texts(dense, bench.encoder, count, bench.config.seed, bench.folder / OWN)
     account["own_texts"] = operations(dense, len(texts) * own_length(bench.encoder), 1)
     return texts
 

@@ -46,7 +46,7 @@ def write_records(
         raise ValueError("the model wrote no usable record of its own; use --data with a file")
 
 
-def own_records(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, path: Path) -> list[Record]:
+def kept_texts(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, path: Path) -> list[Record]:
     """Plain texts of OWN_LENGTH tokens that the model samples, `count` of them, from the file where they are kept."""
     if not path.exists():
         ids = write_texts(model, encoder, count, own_length(encoder), seed)[:, 1:]
@@ -62,7 +62,7 @@ def texts_for(records: int, share: float) -> int:
 
 
 def own_length(encoder: Encoder) -> int:
-    """Tokens of a text of `own_records`."""
+    """Tokens of a text of `kept_texts`."""
     return min(OWN_LENGTH, encoder.context or OWN_LENGTH)
 
 

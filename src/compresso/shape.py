@@ -158,6 +158,12 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def main_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary settings, those of full attention where sliding attention has its own; empty without any."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
+
+
 def rows_per_group(family: Family, layer: LayerShape) -> dict[str, int]:
     """Matrices whose rows groups own, one group after the other, and how many of them each group has."""
     queries = layer.head_dim * layer.queries_per_group

@@ -132,11 +132,7 @@ def extract_files(model: str, run: str | Path, output: str | Path) -> dict[str, 
     folder, plan = Path(output), plans.load(Path(run))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another --output")
-    place = folder_of(model)
-    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    form = "chat" if checkpoint.load_tokenizer(str(place)).chat_template else "alpaca"
-    prompt = checkpoint.prompt_of(config) or find_prompt("none", form)
-    return write_cut(place, plan, folder, prompt, model)
+    return write_cut(folder_of(model), plan, folder, None, model)
 
 
 def refuse_fused(model: str, model_type: str) -> None:
@@ -163,13 +159,14 @@ def write_cut(
     place: Path,
     plan: Plan | None,
     folder: Path,
-    prompt: CollaborativePrompt,
+    prompt: CollaborativePrompt | None,
     base: str,
     adapters: dict[str, Adapter] | None = None,
 ) -> dict[str, Any]:
     """Write the smaller one of the checkpoint in `place`, adapters merged first, as `folder`; the facts of its card.
 
-    Without a plan nothing is cut. `adapters` goes by the names of weights; `base` is what the card calls the model.
+    Without a plan nothing is cut, and without a prompt it keeps the one that it carries, or none. `adapters` goes by
+    the names of weights; `base` is what the card calls the model.
     """
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     whole = shapes_of(config)
@@ -177,6 +174,8 @@ def write_cut(
     plan = plan or Plan(shape, shape.open_gates())
     check_fit(plan, shape, family_of(config.model_type))
     old, tokenizer = read_weights(place, whole), checkpoint.load_tokenizer(str(place))
+    form = "chat" if tokenizer.chat_template else "alpaca"
+    prompt = prompt or checkpoint.prompt_of(config) or find_prompt("none", form)
     dtype = StoredWeights(place).dtype
     smaller = shapes_of(smaller_config(config, old, plan))
     facts = {

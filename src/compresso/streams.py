@@ -7,7 +7,7 @@ alone, so that every process of a launch draws the same records and takes its sh
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -121,9 +121,9 @@ def without(sources: list[Source] | list[Stream], held_out: list[Record]) -> lis
     return [source for source in rest if source.records] or whole
 
 
-def interspersed(records: Iterator[Record], others: list[Record], share: float, seed: int) -> Iterator[Record]:
+def interspersed(records: Iterator[Record], others: Sequence[Record], share: float, seed: int) -> Iterator[Record]:
     """The records, in the place of each of which one of the others comes with this probability."""
-    rng, own = random.Random(seed), mixed([Source("others", records=others)], seed)
+    rng, own = random.Random(seed), mixed([Source("others", records=list(others))], seed)
     while True:
         yield next(own if rng.random() < share else records)
 

@@ -16,7 +16,6 @@ from compresso.families import family_of
 Tune = Literal["lora", "full"]
 LARGEST = 1_000_000_000  # parameters of a model whose weights all learn by default
 DISTILL = {"lora": 0.0, "full": 0.5}  # LOG.md, 2026-11-26
-OWN_SHARE, WIDE = {"lora": 0.0, "full": 0.0}, 0.4  # of records in recovery, from so much gone on (LOG.md, 2026-11-28)
 LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 2e-4}  # LOG.md, 2026-11-25
 MENDING = {"lora": 0.0, "full": 2e-3}  # rate in recovery over the square of the share that is gone (LOG.md, 2026-11-27)
 
@@ -44,12 +43,6 @@ def start(model: PreTrainedModel, tune: str, config: PruneConfig, seed: int) -> 
 
 def distill(config: PruneConfig, tune: str) -> float:
     return DISTILL[tune] if config.distill is None else config.distill
-
-
-def own_share(config: PruneConfig, tune: str, gone: float) -> float:
-    """Share of the dense model's own texts among the records of recovery, where so much is gone."""
-    by_default = OWN_SHARE[tune] if gone >= WIDE else 0.0
-    return by_default if config.own_share is None else config.own_share
 
 
 def learning_rate(config: PruneConfig, tune: str, gone: float = 0.0) -> float:

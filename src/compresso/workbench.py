@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,19 +89,18 @@ class Workbench:
         left = self.parameters - lost - sparsity * self.prunable
         return self.prompt.filled(sparsity=sparsity, target_sparsity=target, parameters=left)
 
-    def batches(
-        self, seed: int, start: int = 0, own: list[Record] | None = None, share: float = 0.0
-    ) -> Callable[[float], list[Batch]]:
+    def batches(self, seed: int, start: int = 0, own: Sequence[Record] = ()) -> Callable[[float], list[Batch]]:
         """A function of the sparsity so far that gives this process's parts of the next global batch.
 
         All processes draw the same records and each takes its share, so that the run does not
-        depend on how many there are. The first `start` batches are passed over. Of `own` records comes such a share.
+        depend on how many there are. The first `start` batches are passed over. `own` records
+        make the share that is set.
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = self.config.batch_size * processes
         records = mixed(self.sources, seed)
         if own:
-            records = interspersed(records, own, share, seed)
+            records = interspersed(records, own, self.config.own_share, seed)
         groups = similar_lengths(records, size, POOL, seed, self.encoder.lengths)
         groups = itertools.islice(groups, start, None)
 
@@ -130,9 +129,14 @@ class Workbench:
             console.print(f"{line}; going on from {before}", markup=False, highlight=False)
         return found
 
+    def began_on(self, found: Savepoint | None) -> str:
+        """Kind of device that a stage began on which goes on from this checkpoint, if from one."""
+        here = self.accelerator.device.type
+        return found.facts.get("device", here) if found else here  # which older checkpoints do not tell
+
     def begin(self, stage: str, training: Training, found: Savepoint | None) -> None:
         """Go on from a checkpoint, or begin a stage; metrics.jsonl then ends with its last step."""
-        self.device = found.facts.get("device", "") if found else self.accelerator.device.type
+        self.device = self.began_on(found)
         if found:
             training.restore(found.facts["training"], found.tensors())
             self.facts["operations"] = found.facts["operations"]
