@@ -201,7 +201,7 @@ class Lab:
         given = PruneConfig(**config)
         tokens = self.tokens_a_step(given.prompt)
         tune = config.get("tune", "full")
-        share, own = tuning.distill(given, tune), given.own_share
+        share, own = tuning.distill(given, tune), tuning.own_share(given, tune)
         teacher = 2 * self.parameters * tokens if share else 0
         if cell.method == "l0":
             a_step = 6 * self.parameters * tokens + teacher

@@ -238,6 +238,25 @@ def test_a_recovery_learns_from_texts_of_the_dense_model_if_asked(finished, monk
     assert "own_texts" not in compresso.recover(str(finished), recover_steps=1)["operations"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"target_sparsity": 0.5}, 0.125),
+        ({"target_sparsity": 0.3}, 0.0),
+        ({"target_sparsity": 0.5, "tune": "lora"}, 0.0),
+        ({"target_sparsity": 0.5, "own_share": 0.0}, 0.0),
+    ],
+)
+def test_the_dense_model_writes_for_recovery_where_much_is_gone(settings, share, checkpoint, data, tmp_path):
+    """Unless it is asked not to, and where all weights learn."""
+    run = {"model": str(checkpoint), "data": str(data), "output": str(tmp_path / "run"), "batch_size": 4}
+    summary = compresso.prune(**run, **settings, method="wanda", recover_steps=16, own_texts=0, precision="fp32")
+    written = (tmp_path / "run" / "own.jsonl").read_text().count("\n") if share else 0
+    assert written == math.ceil(16 * 4 * share / 2)
+    assert ("own_texts" in summary["operations"]) == bool(share)
+    assert (tmp_path / "run" / "own.jsonl").exists() == bool(share)
+
+
 def test_a_recovery_that_goes_further_needs_no_cut_model(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -128,9 +128,10 @@ class PruneConfig:
     distill: float | None = None
     """Share of the distance to the dense model's predictions in the loss, in [0, 1]; by default 0.5 where all weights
     learn, which takes the memory of the dense model, and 0 with LoRA."""
-    own_share: float = 0.0
+    own_share: float | None = None
     """Share of recovery's records that are texts which the dense model writes first, in [0, 1): they keep what the
-    records do not ask for, at some cost for these. Split and 4-bit weights write none."""
+    records do not ask for, at some cost for these. By default an eighth where all weights learn and 40 % or more goes,
+    else none. Split and 4-bit weights write none."""
     tune: Literal["auto", "lora", "full"] = "auto"
     """What learns in pruning and recovery: LoRA adapters, or all weights of the decoder layers, which is better and
     takes 14 bytes of memory for each. auto: all weights of models up to 1 B parameters, LoRA for larger ones."""
@@ -257,7 +258,7 @@ class PruneConfig:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if self.distill is not None and not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
-        if not 0 <= self.own_share < 1:
+        if self.own_share is not None and not 0 <= self.own_share < 1:
             raise ValueError(f"own_share must lie in [0, 1), got {self.own_share}")
         if self.accumulation > self.batch_size:
             raise ValueError(

@@ -99,7 +99,8 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         weights["dense model, to learn from"] = weights["weights"]
     passes = 2 + (tune == "full") + config.gradient_checkpointing + bool(config.distill)
     used = 2.0 * (parameters - idle(whole))
-    written = OWN_LENGTH * texts_for(config.recover_steps * config.batch_size * processes, config.own_share)
+    recovery_records = config.recover_steps * config.batch_size * processes
+    written = OWN_LENGTH * texts_for(recovery_records, tuning.own_share(config, tune))
     calibration = used * processes * calibration_tokens(config, prompt_tokens)
     recovering = {}
     if config.recover_steps:

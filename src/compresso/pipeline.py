@@ -410,7 +410,7 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
     """Train the smaller model, or LoRA on it; score the result and save it."""
     config, folder = bench.config, bench.folder / "model"
     share = tuning.distill(config, bench.tune)
-    dense = _dense(bench) if share or config.own_share else None
+    dense = _dense(bench) if share or tuning.own_share(config, bench.tune) else None
     own = _own_texts(bench, dense, summary)
     teacher = Teacher(dense, share) if dense and share else None
     del dense
@@ -447,7 +447,7 @@ def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict
 
 def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[str, Any]) -> list[Record]:
     """What the dense model writes for recovery, once a run; it is accounted for."""
-    account, share = summary.setdefault("operations", {}), bench.config.own_share
+    account, share = summary.setdefault("operations", {}), tuning.own_share(bench.config, bench.tune)
     if not dense or not share:
         account.pop("own_texts", None)
         return []

@@ -17,6 +17,8 @@ Tune = Literal["lora", "full"]
 LARGEST = 1_000_000_000  # parameters of a model whose weights all learn by default
 DISTILL = {"lora": 0.0, "full": 0.5}  # LOG.md, 2026-11-26
 LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 2e-4}  # LOG.md, 2026-11-25
+OWN_SHARE = {"lora": 0.0, "full": 0.125}  # once much is gone; LOG.md, 2026-11-28
+MUCH = 0.4  # of the prunable parameters
 MENDING = {"lora": 0.0, "full": 2e-3}  # rate in recovery over the square of the share that is gone (LOG.md, 2026-11-27)
 
 
@@ -43,6 +45,14 @@ def start(model: PreTrainedModel, tune: str, config: PruneConfig, seed: int) -> 
 
 def distill(config: PruneConfig, tune: str) -> float:
     return DISTILL[tune] if config.distill is None else config.distill
+
+
+def own_share(config: PruneConfig, tune: str) -> float:
+    """Share of recovery's records that the dense model writes: some once so much is cut out that the records alone no
+    longer bring back what else the model knew."""
+    if config.own_share is not None:
+        return config.own_share
+    return OWN_SHARE[tune] if config.target_sparsity >= MUCH else 0.0
 
 
 def learning_rate(config: PruneConfig, tune: str, gone: float = 0.0) -> float:

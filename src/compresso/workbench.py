@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso import savepoints, whole_files
+from compresso import savepoints, tuning, whole_files
 from compresso.batches import Batch, Encoder, batches
 from compresso.config import PruneConfig
 from compresso.plan import Plan
@@ -100,7 +100,7 @@ class Workbench:
         size = self.config.batch_size * processes
         records = mixed(self.sources, seed)
         if own:
-            records = interspersed(records, own, self.config.own_share, seed)
+            records = interspersed(records, own, tuning.own_share(self.config, self.tune), seed)
         groups = similar_lengths(records, size, POOL, seed, self.encoder.lengths)
         groups = itertools.islice(groups, start, None)
 
