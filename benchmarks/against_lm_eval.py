@@ -17,7 +17,7 @@ import torch
 
 import compresso
 from compresso import checkpoint
-from compresso.prepare import versions
+from compresso.environment import versions
 from compresso.suites import SUITES
 from compresso.tasks import build, plan_tasks, task_manager
 

@@ -29,9 +29,10 @@ from compresso import PruneConfig
 from compresso.adapters import add_lora, inside
 from compresso.batches import batches
 from compresso.cost import MemoryPeak, spread
+from compresso.environment import versions
 from compresso.lagrangian import Lagrangian, initial_log_alpha, make_schedule
 from compresso.masks import Gates, Masks
-from compresso.prepare import prepare, versions
+from compresso.prepare import prepare
 from compresso.prompts import CollaborativePrompt, find_prompt
 from compresso.records import Record, similar_lengths
 from compresso.shape import describe

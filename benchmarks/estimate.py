@@ -21,10 +21,10 @@ from compresso.batches import Batch, before_targets
 from compresso.config import PruneConfig
 from compresso.cost import MemoryPeak
 from compresso.cpu_attention import products
+from compresso.environment import versions
 from compresso.estimate import gaps
 from compresso.masks import Gates
 from compresso.memory import training_memory
-from compresso.prepare import versions
 from compresso.shape import describe
 from compresso.train import target_loss
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from compresso import load
 from compresso.cost import spread
-from compresso.prepare import versions
+from compresso.environment import versions
 
 RESULT = Path(__file__).parent / "results" / "processes.json"
 STEPS, BATCH = 6, 8

@@ -21,9 +21,9 @@ from typing import Any
 import compresso
 from compresso import checkpoint, progress, whole_files
 from compresso.batches import Encoder, batches
+from compresso.environment import versions
 from compresso.paired import difference, together
 from compresso.perplexity import mean_loss
-from compresso.prepare import versions
 from compresso.prompts import BODIES, find_prompt
 from compresso.records import read_sources
 from compresso.workbench import compute_dtype, release_memory

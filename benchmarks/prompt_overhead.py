@@ -14,7 +14,7 @@ import torch
 from compresso import checkpoint
 from compresso.batches import Encoder
 from compresso.bridge import PromptedLM, run_task
-from compresso.prepare import versions
+from compresso.environment import versions
 from compresso.prompts import find_prompt
 from compresso.tasks import build, plan_tasks, task_manager
 

@@ -29,11 +29,12 @@ from compresso import checkpoint, progress, tuning, whole_files
 from compresso.batches import Encoder, batches
 from compresso.chat import prompt_for
 from compresso.config import PruneConfig, read_yaml
+from compresso.environment import versions
 from compresso.few_shapes import few_widths
 from compresso.methods import METHODS
 from compresso.paired import Difference, difference, together
 from compresso.perplexity import mean_loss, perplexity, text_windows, window_nats
-from compresso.prepare import versions, with_units
+from compresso.prepare import with_units
 from compresso.prompts import find_prompt
 from compresso.records import read_sources
 from compresso.self_data import OWN_LENGTH

@@ -22,8 +22,9 @@ from compresso import PruneConfig
 from compresso.adapters import add_lora, inside
 from compresso.batches import Batch
 from compresso.cpu_attention import products
+from compresso.environment import versions
 from compresso.masks import Gates, Masks
-from compresso.prepare import prepare, versions
+from compresso.prepare import prepare
 from compresso.shape import describe
 from compresso.train import target_loss
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from compresso import checkpoint, whole_files
+from compresso.environment import versions
 from compresso.export import export
 from compresso.llama_cpp import LlamaCpp
 from compresso.perplexity import perplexity, text_windows, window_nats
-from compresso.prepare import versions
 
 RESULT = Path(__file__).parent / "results" / "runtimes.json"
 KINDS = ("f32", "f16", "q8_0", "q4_k_m")

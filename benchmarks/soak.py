@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import compresso
 from compresso import whole_files
-from compresso.prepare import versions
+from compresso.environment import versions
 from tiny import QUICK, tiny_model, tiny_tokenizer, write_records
 
 RESULT = Path(__file__).parent / "results" / "soak.json"

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from compresso import whole_files
-from compresso.prepare import versions
+from compresso.environment import versions
 from faults import differences
 
 RESULT = Path(__file__).parent / "results" / "stopping.json"

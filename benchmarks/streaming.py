@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from compresso import Plan, checkpoint, describe
 from compresso import plan as plans
-from compresso.prepare import versions
+from compresso.environment import versions
 from compresso.streamed import shapes_of, write_shards
 
 RESULT = Path(__file__).parent / "results" / "streaming.json"

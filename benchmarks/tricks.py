@@ -20,9 +20,10 @@ from unittest.mock import patch
 import torch
 
 from compresso import PruneConfig, extract, whole_files
+from compresso.environment import versions
 from compresso.methods import METHODS
 from compresso.perplexity import mean_loss, perplexity, window_nats
-from compresso.prepare import prepare, versions
+from compresso.prepare import prepare
 from compresso.shrink import Shrinking
 
 RESULT = Path(__file__).parent / "results" / "tricks.json"

@@ -16,8 +16,8 @@ from quality import COMMON, OURS, Lab
 
 import compresso
 from compresso import progress, whole_files
+from compresso.environment import versions
 from compresso.masks import Masks
-from compresso.prepare import versions
 
 RESULT = Path(__file__).parent / "results" / "widths.json"
 ROWS = ("free", "uniform", "uniform afterwards")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import compresso
 from compresso.cli import main
-from compresso.prepare import in_parts
+from compresso.launch import in_parts
 from faults import differences
 from tiny import tiny_model
 

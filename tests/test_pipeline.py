@@ -208,7 +208,7 @@ def test_a_recovery_does_not_learn_from_held_out_records(finished, data, tmp_pat
     more = tmp_path / "more.jsonl"
     more.write_text(data.read_text() + "\n" + json.dumps({"instruction": "say", "output": "a lazy dog"}))
     learned = []
-    monkeypatch.setattr("compresso.pipeline._recover", lambda bench, *_: learned.append(bench))
+    monkeypatch.setattr("compresso.pipeline.recover_smaller", lambda bench, *_: learned.append(bench))
     monkeypatch.setattr("compresso.pipeline._finish", lambda bench, summary: summary)
     for stream in (False, True):
         compresso.recover(str(finished), data=str(more), stream=stream)
@@ -311,7 +311,9 @@ def test_a_recovery_takes_every_kind_of_source(finished, monkeypatch):
 def test_an_interrupted_recovery_can_be_repeated(checkpoint, data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("compresso.pipeline._recover", lambda *_: (_ for _ in ()).throw(Stopped("interrupted", 130)))
+        patch.setattr(
+            "compresso.pipeline.recover_smaller", lambda *_: (_ for _ in ()).throw(Stopped("interrupted", 130))
+        )
         with pytest.raises(Stopped):
             compresso.prune(model=str(checkpoint), data=str(data), output=str(run), **QUICK)
     summary = compresso.recover(str(run))

@@ -14,9 +14,10 @@ from compresso import checkpoint, tuning
 from compresso.calibration import AT_ONCE, output_paths
 from compresso.config import PruneConfig
 from compresso.families import family_of
+from compresso.launch import check_in_parts
 from compresso.memory import forward_memory, rows_together, shares_prompt, training_memory
 from compresso.mixtures import idle
-from compresso.prepare import check_in_parts, with_units
+from compresso.prepare import with_units
 from compresso.prompts import find_prompt
 from compresso.self_data import OWN_LENGTH, texts_for
 from compresso.shape import ModelShape, count_prunable, describe

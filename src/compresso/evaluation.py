@@ -21,9 +21,9 @@ from compresso.batches import Encoder
 from compresso.chat import prompt_for
 from compresso.config import EvaluateConfig, changed, read_yaml
 from compresso.cost import fitting, measure_costs
+from compresso.environment import versions
 from compresso.families import PER_LAYER_PREFIX
 from compresso.measure import Subject, headline, measure, settings_of
-from compresso.prepare import versions
 from compresso.schemas import SUMMARY, parse
 from compresso.suites import SUITES
 from compresso.tasks import Wanted, check_names, plan_tasks, task_manager

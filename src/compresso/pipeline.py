@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,43 +16,29 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from compresso import checkpoint, progress, savepoints, setbacks, tuning, vocabulary, whole_files
+from compresso import checkpoint, progress, savepoints, setbacks, tuning, whole_files
 from compresso import plan as plans
-from compresso.adapters import factors, inside, merge
-from compresso.chat import TooLong, answer
-from compresso.config import VOCABULARY, PruneConfig, changed, nearest, nearest_path, read_yaml
+from compresso.config import PruneConfig, changed, nearest, nearest_path, read_yaml
 from compresso.cost import measure_costs
-from compresso.extract import extract
-from compresso.few_shapes import few_widths
-from compresso.masks import gated
+from compresso.environment import versions
+from compresso.identity import check_unchanged, digest_records
+from compresso.launch import check_in_parts
+from compresso.measured import score
 from compresso.methods import METHODS
-from compresso.mixtures import sort_channels
 from compresso.one_at_a_time import alone_in
-from compresso.perplexity import mean_loss, perplexity, window_nats
 from compresso.plan import Plan
-from compresso.prepare import (
-    check_in_parts,
-    check_unchanged,
-    digest_model,
-    digest_records,
-    load_parts,
-    prepare,
-    read_records,
-    versions,
-)
+from compresso.prepare import prepare, read_records
 from compresso.progress import Progress
-from compresso.records import Record
+from compresso.recovery import recover_smaller
 from compresso.schemas import SUMMARY as SUMMARY_SCHEMA
 from compresso.schemas import parse
-from compresso.self_data import kept_texts, own_length, texts_for
-from compresso.shape import count_prunable, prunable_parameters
-from compresso.streamed import count_parameters, folder_of, write_cut
+from compresso.shape import count_prunable
+from compresso.streamed import count_parameters
 from compresso.streams import without
 from compresso.summary import show
-from compresso.train import Teacher, fit, operations
-from compresso.training import Training
+from compresso.verified import cut_files, extract_checked, save_checked
 from compresso.workbench import (
     METRICS,
     NO_CHECKPOINTS,
@@ -64,7 +50,6 @@ from compresso.workbench import (
 )
 
 SUMMARY = "summary.json"
-OWN = "own.jsonl"
 ALSO = "also"  # folder in a run: the smaller models on the way, each a run of its own
 RECOVERY = (
     *("recover_steps", "preset", "data", "stream", "self_records", "own_share", "batch_size", "accumulation"),
@@ -72,8 +57,6 @@ RECOVERY = (
     *("gradient_checkpointing", "checkpoint_seconds", "checkpoints", "seed", "sample"),
 )
 """Settings that a recovery may change; the others are those of the run."""
-RELATIVE_TOLERANCE = 1e-3  # of the largest logit, in float32; rounding stays below it, a wrong fold is far above
-HALF_TOLERANCE = 0.1  # the same where only a model in half precision fits
 
 
 def prune(config: PruneConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -138,7 +121,7 @@ def _again(folder: Path) -> Work:
 def _prune(bench: Workbench) -> dict[str, Any]:
     """From the dense model to the smaller one, recovered."""
     config = bench.config
-    dense = {**_score(bench, bench.model, 0.0), "bytes": bench.parameters * bench.facts["stored_dtype"].itemsize}
+    dense = {**score(bench, bench.model, 0.0), "bytes": bench.parameters * bench.facts["stored_dtype"].itemsize}
     bench.leave = partial(_leave, bench, dense)
     model, plan = METHODS[config.method](bench)
     plan = Plan(plan.shape, broadcast_object_list([plan.gates])[0])  # GPUs round in their own order
@@ -152,7 +135,7 @@ def _prune(bench: Workbench) -> dict[str, Any]:
     if bench.writes:
         savepoints.remove(bench.folder, "prune")
     if config.recover_steps:
-        _recover(bench, smaller, plan, summary)
+        recover_smaller(bench, smaller, plan, summary)
     else:
         _unrecovered(bench, summary)
     return _finish(bench, summary)
@@ -240,7 +223,7 @@ def _recover_again(bench: Workbench) -> dict[str, Any]:
     if now.doing == "recover":
         summary["recovery"] = {**now.settings, "further": now.further}
     if bench.config.recover_steps:
-        _recover(bench, bench.model, plans.load(bench.folder), summary)
+        recover_smaller(bench, bench.model, plans.load(bench.folder), summary)
     else:
         _unrecovered(bench, summary)
     return _finish(bench, summary)
@@ -255,17 +238,17 @@ def _cut(
         plans.save(plan, bench.folder, {"method": config.method, "model": config.model, "seed": config.seed})
     cost: dict[str, Any] = {}
     if bench.place:
-        smaller, difference = _cut_files(bench, model, plan, plan.sparsity, bench.folder / "cut")
+        smaller, difference = cut_files(bench, model, plan, plan.sparsity, bench.folder / "cut")
     else:
         checkpoint.cast(model, torch.float32)  # so that a difference is a mistake and no rounding
-        smaller, difference = _extract_checked(bench, model, plan)
+        smaller, difference = extract_checked(bench, model, plan)
         dtype = compute_dtype(config.precision, bench.accelerator.device)
         checkpoint.cast(model, dtype)
         checkpoint.cast(smaller, dtype)
         if timed:
             with status("measuring tokens/s, dense and pruned in turn"):
                 cost = {"cost": measure_costs({"before": model, "after": smaller})}
-    cut = _score(bench, smaller, plan.sparsity)
+    cut = score(bench, smaller, plan.sparsity)
     summary: dict[str, Any] = {
         "model": config.model,
         "method": config.method,
@@ -290,7 +273,7 @@ def _cut(
         "versions": versions(),
     }
     if not bench.place:
-        _save_checked(bench, smaller, bench.folder / "cut", summary)
+        save_checked(bench, smaller, bench.folder / "cut", summary)
     return smaller, summary
 
 
@@ -332,181 +315,6 @@ def _unrecovered(bench: Workbench, summary: dict[str, Any]) -> None:
     bench.accelerator.wait_for_everyone()
     for key in ("loss", "perplexity", "sample"):
         summary[key]["recovered"] = summary[key]["cut"]
-
-
-def _score(bench: Workbench, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
-    """Loss on held-out records, perplexity on held-out text, one answer."""
-    with status("measuring loss and perplexity"):
-        try:
-            answered = answer(model, bench.encoder, bench.prompt_at(sparsity), bench.config.sample)
-        except TooLong as error:
-            answered = f"({error})"
-        return {
-            "loss": mean_loss(model, bench.validation(sparsity)),
-            "perplexity": perplexity(window_nats(model, bench.windows)),
-            "answer": answered,
-        }
-
-
-@torch.no_grad()
-def _extract_checked(bench: Workbench, model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, float]:
-    """Extract in float32; raise RuntimeError unless it computes what the gated model computed."""
-    ids = bench.windows[:1, :128].to(model.device)
-    with status("extracting the smaller model, and comparing it with the gated one"):
-        with gated(model, plan.shape, plan.gates):
-            expected = model(ids).logits
-        smaller = extract(model, plan)
-        difference = _difference(smaller(ids).logits, expected, "the extracted model", "the gated model")
-    by_formula = int(prunable_parameters(plan.shape, {u: (g > 0).double() for u, g in plan.gates.items()}))
-    if by_formula != count_prunable(smaller):
-        raise RuntimeError(
-            f"the extracted model has {count_prunable(smaller)} prunable parameters, the plan {by_formula}"
-        )
-    return smaller, difference
-
-
-@torch.no_grad()
-def _save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
-    """Save in the dtype of the original, reload as a stranger would, compare logits; one process does it for all."""
-    if not bench.writes:
-        bench.accelerator.wait_for_everyone()
-        return
-    with status(f"saving {folder}, and comparing what loads with what was saved"):
-        working = model.dtype
-        sort_channels(checkpoint.cast(model, bench.facts["stored_dtype"]))  # as every mixture that is loaded
-        prompt = bench.prompt_at(summary["sparsity"])
-        card = checkpoint.model_card(model, bench.config.model, prompt, _card_facts(summary))
-        checkpoint.save(model, bench.tokenizer, prompt, folder, card)
-        ids = bench.windows[:1, :128].to(model.device)
-        checkpoint.cast(model, torch.float32)
-        expected = model(ids).logits
-        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        actual = reloaded.to(model.device).eval()(ids).logits
-        difference = _difference(actual, expected, f"the model reloaded from {folder}", "the model saved there")
-        _note_difference(summary, folder, difference)
-        checkpoint.cast(model, working)
-    bench.accelerator.wait_for_everyone()
-
-
-def _note_difference(summary: dict[str, Any], folder: Path, difference: float) -> None:
-    summary["logit_differences"][f"{folder.name}_reloaded"] = difference
-    summary["max_logit_difference"] = max(summary["logit_differences"].values())
-
-
-def _difference(actual: torch.Tensor, expected: torch.Tensor, what: str, other: str) -> float:
-    """Largest logit difference. Raises RuntimeError above the tolerance."""
-    difference = float((actual - expected).abs().max())
-    relative = RELATIVE_TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE
-    tolerance = relative * max(1.0, float(expected.abs().max()))
-    if not difference <= tolerance:
-        raise RuntimeError(
-            f"{what} differs from {other} by {difference:.2e} in a logit, more than {tolerance:.2e}. This is a bug of "
-            "compresso, please report it with the run's config.yaml and plan.json; do not use the model"
-        )
-    return difference
-
-
-def _recover(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict[str, Any]) -> None:
-    """Train the smaller model, or LoRA on it; score the result and save it."""
-    config, folder = bench.config, bench.folder / "model"
-    share = tuning.distill(config, bench.tune)
-    dense = _dense(bench) if share or tuning.own_share(config, bench.tune) else None
-    own = _own_texts(bench, dense, summary)
-    teacher = Teacher(dense, share) if dense and share else None
-    del dense
-    found = bench.newest("recover")
-    with few_widths(model, wanted=bench.began_on(found) == "cpu" and bench.tune == "full"):
-        wrapped = tuning.start(model, bench.tune, config, config.seed + 1)
-        training = Training(inside(wrapped), config.seed + 1, sparsity=plan.sparsity)
-        bench.begin("recover", training, found)
-        rows = fit(
-            bench.accelerator,
-            training,
-            bench.batches(config.seed + 1, training.step, own),
-            steps=config.recover_steps,
-            learning_rate=tuning.learning_rate(config, bench.tune, plan.sparsity),
-            clip=config.clip,
-            teacher=teacher,
-            recompute=config.gradient_checkpointing,
-            slowed=partial(bench.progress.slowed, "recover"),
-        )
-        bench.follow("recover", training, rows, config.recover_steps)
-    if not bench.place:
-        model = merge(wrapped)
-        checkpoint.cast(model, compute_dtype(config.precision, bench.accelerator.device))
-    summary.setdefault("operations", {})["recover"] = bench.facts["operations"]["recover"]
-    recovered = _score(bench, model, plan.sparsity)
-    summary["loss"]["recovered"] = recovered["loss"]
-    summary["perplexity"]["recovered"] = recovered["perplexity"]
-    summary["sample"]["recovered"] = recovered["answer"]
-    if bench.place:
-        _note_difference(summary, folder, _cut_files(bench, model, None, plan.sparsity, folder)[1])
-    else:
-        _save_checked(bench, model, folder, summary)
-
-
-def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[str, Any]) -> list[Record]:
-    """What the dense model writes for recovery, once a run; it is accounted for."""
-    account, share = summary.setdefault("operations", {}), tuning.own_share(bench.config, bench.tune)
-    if not dense or not share:
-        account.pop("own_texts", None)
-        return []
-    records = bench.config.recover_steps * bench.config.batch_size * bench.accelerator.num_processes
-    count = texts_for(records, share)
-    with bench.accelerator.main_process_first():
-        texts = kept_texts(dense, bench.encoder, count, bench.config.seed, bench.folder / OWN)
-    account["own_texts"] = operations(dense, len(texts) * own_length(bench.encoder), 1)
-    return texts
-
-
-def _dense(bench: Workbench) -> PreTrainedModel:
-    """The model before it was cut, as it is stored, for a recovery that learns from it."""
-    config, device = bench.config, bench.accelerator.device
-    with status(f"loading {config.model}, to learn from"):
-        if bench.place:
-            place = folder_of(config.model)
-            model = load_parts(config, place, bench.accelerator)[0]
-            _check_dense(bench, digest_model(model, place))
-            return model
-        model, tokenizer = checkpoint.load(config.model)
-        _check_dense(bench, digest_model(model, None))
-        if VOCABULARY in config.units:
-            vocabulary.cut(model, vocabulary.shared_tokens(tokenizer, bench.tokenizer))
-        return checkpoint.cast(model, compute_dtype(config.precision, device)).to(device).requires_grad_(False)
-
-
-def _check_dense(bench: Workbench, digest: str) -> None:
-    """A recovery that goes on learns from the model that it began with. Raises ValueError."""
-    check_unchanged(bench.progress, {"model": digest}, bench.folder)
-    if bench.writes:
-        bench.progress.write(bench.folder)
-
-
-@torch.no_grad()
-def _cut_files(
-    bench: Workbench, model: PreTrainedModel, plan: Plan | None, sparsity: float, folder: Path
-) -> tuple[PreTrainedModel, float]:
-    """Write the smaller model from the files of `bench.place`, adapters merged; load it, compare, and go on from it.
-
-    One process writes, tensor after tensor; none holds a whole model. Without a plan nothing is cut.
-    """
-    place = bench.place
-    assert place is not None
-    ids = bench.windows[:1, :128].to(model.device)
-    gates = gated(model, plan.shape, plan.gates) if plan else nullcontext()
-    with status(f"writing {folder} from {place}, and comparing what loads with the model in training"):
-        with gates:
-            expected = model(ids).logits
-        if bench.writes:
-            write_cut(place, plan, folder, bench.prompt_at(sparsity), bench.config.model, factors(model))
-        bench.accelerator.wait_for_everyone()
-        smaller, _ = load_parts(bench.config, folder, bench.accelerator)
-        if bench.config.precision == "4bit":  # rounded anew, which no tolerance can tell from a mistake
-            difference = float((smaller(ids).logits - expected).abs().max())
-        else:
-            difference = _difference(smaller(ids).logits, expected, f"the model in {folder}", "the one in training")
-    bench.place = folder
-    return smaller, difference
 
 
 def _finish(bench: Workbench, summary: dict[str, Any]) -> dict[str, Any]:
@@ -558,19 +366,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _card_facts(summary: dict[str, Any]) -> dict[str, str]:
-    before, after = summary["parameters"]["before"], summary["parameters"]["after"]
-    tokens = (summary.get("vocabulary") or {}).get("tokens")
-    return {
-        "base model": str(summary["model"]),
-        "parameters": f"{before:,} before, {after:,} after",
-        "sparsity": f"{100 * summary['sparsity']:.2f} % of the decoder layers' matrices removed",
-        "units": ", ".join(summary["units"]),
-        **({"vocabulary": f"{tokens['after']:,} of {tokens['before']:,} tokens"} if tokens else {}),
-        "method": summary["method"],
-    }
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,32 +1,28 @@
 """Before anything is computed: load and check settings, checkpoint and data, then make the run folder."""
 
-import hashlib
 import itertools
 import json
 import math
-import os
-import platform
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from compresso import allocation, checkpoint, demo, hard_concrete, quantised, sharded, tuning, vocabulary, whole_files
+from compresso import allocation, checkpoint, demo, hard_concrete, launch, tuning, vocabulary, whole_files
 from compresso.adapters import linear_names
 from compresso.batches import Encoder
 from compresso.calibration import check_inputs
 from compresso.config import SCORED, VOCABULARY, PruneConfig, nearest
+from compresso.environment import environment
 from compresso.families import UNITS, family_of
+from compresso.identity import check_processes, check_unchanged, digest_model, digest_records, digest_text
 from compresso.one_at_a_time import alone_in
 from compresso.perplexity import WINDOW, text_windows
 from compresso.progress import FILE as PROGRESS
@@ -40,9 +36,6 @@ from compresso.streamed import count_parameters, folder_of
 from compresso.streams import Stream, open_streams, take_held_out
 from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
 
-PACKAGES = ("compresso-llm", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")  # of accelerate
-PATIENCE = timedelta(hours=3)  # that processes wait for one that writes a large model
 RUN_MARKS = ("config.yaml", "env.json")
 
 
@@ -70,9 +63,9 @@ def prepare(
     if config.records not in ("self", "demo"):
         for name, _ in parts_of(config.records):
             files_of(name)  # raises for one that is not there, before a model is loaded
-    accelerator = _accelerator(config)
+    accelerator = launch.start(config)
     if progress and not begins:
-        _check_processes(progress, accelerator, folder)
+        check_processes(progress, accelerator, folder)
     set_seed(config.seed)
     model, tokenizer, stored, place, digest = _load(config, str(source or config.model), accelerator)
     config = with_units(config, model.config.model_type)
@@ -108,7 +101,7 @@ def prepare(
     if new and config.records != "self":
         _make_folder(config, accelerator, progress, held)
     which = "smaller model" if source else "model"
-    found = {which: digest, "records": digest_records(sources, held_out), "prompt": _digest_text(prompt.body)}
+    found = {which: digest, "records": digest_records(sources, held_out), "prompt": digest_text(prompt.body)}
     check_unchanged(progress, found, folder)
     if accelerator.is_main_process and (new or not begins):
         progress.write(folder)
@@ -135,154 +128,23 @@ def prepare(
     )
 
 
-def _check_processes(progress: Progress, accelerator: Accelerator, folder: Path) -> None:
-    """Each process takes its share of the records of a step; with others a step would be another one."""
-    if progress.processes != accelerator.num_processes:
-        raise ValueError(
-            f"{folder} was begun by {progress.processes} processes, and this launch has {accelerator.num_processes}; "
-            f"its steps take --batch-size records in each. Launch it with {progress.processes}"
-        )
-
-
-def check_unchanged(progress: Progress, found: dict[str, str], folder: Path) -> None:
-    """What a run goes on with must be what it began with."""
-    for name, digest in found.items():
-        if progress.inputs.setdefault(name, digest) != digest:
-            raise ValueError(
-                f"the {name} of {folder}: not what the run began with, so that it cannot go on as it was. Bring back "
-                "what was there, or start again with --overwrite"
-            )
-
-
-def digest_model(model: PreTrainedModel, place: Path | None) -> str:
-    """Of the shapes of its parameters, and of a few numbers of each; where it is not whole, of its files' sizes."""
-    digest = hashlib.sha256()
-    if place:
-        files = {file.name: file.stat().st_size for file in sorted(place.glob("*.safetensors"))}
-        digest.update(json.dumps(files).encode())
-        return digest.hexdigest()
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _digest_text(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def digest_records(sources: list[Source] | list[Stream], held_out: list[Record]) -> str:
-    """Of all records; of a stream, of those held out."""
-    digest = hashlib.sha256()
-    for record in itertools.chain(held_out, *(s.records for s in sources if isinstance(s, Source))):
-        digest.update(repr(record).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
 def _load(
     config: PruneConfig, source: str, accelerator: Accelerator
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, Path | None, str]:
     """Model, tokenizer, the dtype it is stored in, its folder if the model here is not whole, and its digest."""
     with status(f"loading {source}"):
-        if in_parts(config, accelerator):
-            check_in_parts(config, _splits(config, accelerator))
+        if launch.in_parts(config, accelerator):
+            launch.check_in_parts(config, launch.splits(config, accelerator))
             with accelerator.main_process_first():
                 place = folder_of(source)
             tokenizer = checkpoint.load_tokenizer(str(place))
-            model, stored = load_parts(config, place, accelerator)
+            model, stored = launch.load_parts(config, place, accelerator)
             return model, tokenizer, stored, place, digest_model(model, place)
         with accelerator.main_process_first():
             model, tokenizer = checkpoint.load(source)
         stored, digest = model.dtype, digest_model(model, None)  # of its own numbers, whatever this machine computes in
         dtype = compute_dtype(config.precision, accelerator.device)
         return checkpoint.cast(model, dtype).to(accelerator.device), tokenizer, stored, None, digest
-
-
-def check_in_parts(config: PruneConfig, split: bool) -> None:
-    """Raise ValueError for what 4-bit weights cannot do, or weights that are `split` over processes."""
-    tuning.chosen(config, 0, whole=False)
-    if VOCABULARY in config.units:
-        raise ValueError(
-            "the unit vocab needs whole weights in their own numbers, not 4-bit ones or some split over processes; "
-            "leave it out of --units, or prune the vocabulary first (docs/methods.md)"
-        )
-    if split and config.records == "self":
-        raise ValueError(
-            "--data self lets one process write, and weights that are split over processes need all of them; let a run "
-            "that is not split write first (--steps 1 leaves RUN/self.jsonl), and give that file to --data"
-        )
-    if config.own_share:
-        raise ValueError("--own-share needs whole weights in their own numbers, which write texts; leave it out")
-    if config.also:
-        raise ValueError("--also needs whole weights in their own numbers; run each sparsity by itself")
-    if config.method != "l0":
-        raise ValueError(
-            f"--method {config.method} scores whole weights in their own numbers; with 4-bit weights or weights split "
-            "over processes only l0 works"
-        )
-
-
-def in_parts(config: PruneConfig, accelerator: Accelerator) -> bool:
-    """Whether training has no whole model in its own numbers, which could be cut."""
-    return config.precision == "4bit" or _splits(config, accelerator)
-
-
-def _splits(config: PruneConfig, accelerator: Accelerator) -> bool:
-    """Whether settings or launch ask for weights split over the processes: FSDP, or the third stage of ZeRO.
-
-    We split them in one way for both. Only adapters and gates learn, so that the other stages have nothing to save.
-    """
-    plugin = accelerator.deepspeed_plugin
-    return (
-        config.sharded
-        or accelerator.distributed_type == DistributedType.FSDP
-        or (plugin is not None and plugin.zero_stage == 3)
-    )
-
-
-def load_parts(config: PruneConfig, place: Path, accelerator: Accelerator) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model in a folder of safetensors, split over the processes or in four bits; and the dtype it is stored in."""
-    if config.precision == "4bit":
-        return quantised.load(place, accelerator.device)
-    return sharded.load(place, compute_dtype(config.precision, accelerator.device), accelerator)
-
-
-def _accelerator(config: PruneConfig) -> Accelerator:
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {config.device}: this torch sees no CUDA device (`compresso doctor` tells more); use --device "
-            "cpu"
-        )
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this torch sees no Apple GPU; use --device cpu")
-    if config.device not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f"--device must be auto, cpu, cuda or mps, got {config.device!r}")
-    log_with = None if config.tracker == "none" else config.tracker
-    if log_with and find_spec(log_with) is None:
-        raise ValueError(f"--tracker {log_with}: its package is not installed (pip install {log_with})")
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    try:
-        accelerator = Accelerator(
-            cpu=config.device == "cpu", log_with=log_with, project_dir=config.output, kwargs_handlers=[patience]
-        )
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"--tracker {config.tracker}: {error}") from error
-    if accelerator.distributed_type not in LAUNCHES:
-        raise ValueError(
-            f"this launch asks for {accelerator.distributed_type}, which compresso does not know; it runs in one "
-            "process or in several, with the weights whole in each or split over them (FSDP, ZeRO-3, --sharded)"
-        )
-    splits = _splits(config, accelerator)
-    if splits and config.precision == "4bit":
-        raise ValueError("--precision 4bit holds the weights whole in every process; leave out --sharded or FSDP")
-    if splits and accelerator.num_processes == 1:
-        raise ValueError(
-            "--sharded splits the weights over processes; launch with accelerate, or with torchrun: torchrun "
-            "--nproc-per-node 2 -m compresso.cli prune ..."
-        )
-    console.quiet = not accelerator.is_main_process
-    return accelerator
 
 
 def _check_output(config: PruneConfig) -> None:
@@ -390,7 +252,7 @@ def _make_folder(config: PruneConfig, accelerator: Accelerator, progress: Progre
     folder = Path(config.output)
     with whole_files.new_folder(folder) as partial:
         (partial / "config.yaml").write_text(replace(config, overwrite=False).to_yaml())  # asked for once
-        (partial / "env.json").write_text(json.dumps(_environment(accelerator), indent=2) + "\n")
+        (partial / "env.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n")
         (partial / PROGRESS).write_bytes(progress.to_json())
         held.enter_context(alone_in(partial))
 
@@ -504,24 +366,3 @@ def _text(config: PruneConfig) -> str | None:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
-
-
-def _environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What a repetition would want to know; nothing from the environment variables."""
-    return {
-        "versions": versions(),
-        "platform": platform.platform(),
-        "device": str(accelerator.device),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
