@@ -111,9 +111,11 @@ class Lab:
         return train, read_sources(str(held_out))[0].records
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell that is there, has spent what it was given, and was asked the tasks."""
+        """A cell that is there, has spent what it was given on the records of today, and was asked the tasks."""
         least = SPENT * BUDGETS.get(cell.budget, 0)
+        own = tuning.own_share(PruneConfig(target_sparsity=cell.sparsity), "full") if cell.recovery == "ours" else 0
         there = (c for c in self.result["cells"] if cell.key.items() <= c.items())
+        there = (c for c in there if c.get("settings", {}).get("own_share", 0) == own)
         return next((c for c in there if c["flops"] >= least and "answers" in c), None)
 
     def keep(self, cell: Cell, figures: dict[str, Any], summary: dict[str, Any]) -> None:
