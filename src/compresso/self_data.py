@@ -70,7 +70,7 @@ def own_length(encoder: Encoder) -> int:
 def write_texts(model: PreTrainedModel, encoder: Encoder, count: int, length: int, seed: int) -> Tensor:
     """Token ids (count, length) of texts that the model samples after what texts begin with."""
     torch.manual_seed(seed)
-    first = torch.full((count, 1), _opening(encoder.tokenizer), device=model.device)
+    first = torch.full((count, 1), _opening(model, encoder.tokenizer), device=model.device)
     texts = []
     with progress_bar() as bar:
         task = bar.add_task("the model writes texts", total=count, note="")
@@ -86,7 +86,7 @@ def write_texts(model: PreTrainedModel, encoder: Encoder, count: int, length: in
                     top_k=0,
                     top_p=1.0,
                     repetition_penalty=1.0,
-                    pad_token_id=_pad(encoder),
+                    pad_token_id=_pad(model, encoder),
                 )
             )
             bar.advance(task, len(rows))
@@ -113,7 +113,7 @@ def _continuations(model: PreTrainedModel, encoder: Encoder, rng: random.Random,
             attention_mask=torch.ones_like(start),
             max_new_tokens=rng.randint(2, 4),
             do_sample=False,
-            pad_token_id=_pad(encoder),
+            pad_token_id=_pad(model, encoder),
         )
         texts = tokenizer.batch_decode(greedy, skip_special_tokens=True)
         for head, tail in zip(texts, _sample(model, encoder, texts, TEXT_TOKENS), strict=True):
@@ -128,9 +128,9 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: list[str], tokens: 
         return []
     tokenizer = encoder.tokenizer
     rows = [tokenizer(t, add_special_tokens=not t.startswith(tokenizer.bos_token or "\0"))["input_ids"] for t in texts]
-    rows = [row or [_pad(encoder)] for row in rows]
+    rows = [row or [_pad(model, encoder)] for row in rows]
     longest = max(map(len, rows))
-    ids = torch.tensor([[_pad(encoder)] * (longest - len(row)) + row for row in rows], device=model.device)
+    ids = torch.tensor([[_pad(model, encoder)] * (longest - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
     out = model.generate(
         ids,
@@ -139,26 +139,29 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: list[str], tokens: 
         do_sample=True,
         temperature=1.0,
         top_p=0.95,
-        pad_token_id=_pad(encoder),
+        pad_token_id=_pad(model, encoder),
         eos_token_id=end_tokens(model, tokenizer) or None,
     )
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> int:
+def _opening(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that stood before each text when the model was trained, as far as its tokenizer tells.
 
     It is the one that the tokenizer puts there, or the <|endoftext|> that divided texts; a chat model's own BOS and EOS
     would open a conversation.
     """
     first = tokenizer("a")["input_ids"][0]
-    if first in tokenizer.all_special_ids:
+    if first in tokenizer.all_special_ids and first < model.config.vocab_size:
         return first
     vocabulary = tokenizer.get_vocab()
-    known = (vocabulary.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
+    return _known(model, vocabulary.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-def _pad(encoder: Encoder) -> int:
-    tokenizer = encoder.tokenizer
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+def _pad(model: PreTrainedModel, encoder: Encoder) -> int:
+    return _known(model, encoder.tokenizer.pad_token_id, encoder.tokenizer.eos_token_id)
+
+
+def _known(model: PreTrainedModel, *tokens: int | None) -> int:
+    """The first that there is and that the model has a row for: tokenizers add tokens that it never saw."""
+    return next((token for token in tokens if token is not None and token < model.config.vocab_size), 0)
