@@ -114,9 +114,9 @@ class Lab:
         """A cell that is there, has spent what it was given on the records of today, and was asked the tasks."""
         least = SPENT * BUDGETS.get(cell.budget, 0)
         own = tuning.own_share(PruneConfig(target_sparsity=cell.sparsity), "full") if cell.recovery == "ours" else 0
-        there = (c for c in self.result["cells"] if cell.key.items() <= c.items())
-        there = (c for c in there if c.get("settings", {}).get("own_share", 0) == own)
-        return next((c for c in there if c["flops"] >= least and "answers" in c), None)
+        there = (c for c in self.result["cells"] if cell.key.items() <= c.items() and "answers" in c)
+        of_today = (c for c in there if c.get("settings", {}).get("own_share", 0) == own)
+        return next((c for c in of_today if c["flops"] >= least), None)
 
     def keep(self, cell: Cell, figures: dict[str, Any], summary: dict[str, Any]) -> None:
         operations = summary.get("operations", {})

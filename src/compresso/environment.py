@@ -23,6 +23,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

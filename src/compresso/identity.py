@@ -14,7 +14,8 @@ from compresso.streams import Stream
 
 
 def check_processes(progress: Progress, accelerator: Accelerator, folder: Path) -> None:
-    """Each process takes its share of the records of a step; with others a step would be another one."""
+    """Each process takes its share of the records of a step; with others a step would be another one. Raises
+    ValueError if they are not as many as at the beginning."""
     if progress.processes != accelerator.num_processes:
         raise ValueError(
             f"{folder} was begun by {progress.processes} processes, and this launch has {accelerator.num_processes}; "
@@ -23,7 +24,10 @@ def check_processes(progress: Progress, accelerator: Accelerator, folder: Path) 
 
 
 def check_unchanged(progress: Progress, found: dict[str, str], folder: Path) -> None:
-    """What a run goes on with must be what it began with."""
+    """Hold `found`, digests by name, against those that the run began with; new names are entered.
+
+    Raises ValueError if one is another.
+    """
     for name, digest in found.items():
         if progress.inputs.setdefault(name, digest) != digest:
             raise ValueError(
@@ -47,6 +51,7 @@ def digest_model(model: PreTrainedModel, place: Path | None) -> str:
 
 
 def digest_text(text: str) -> str:
+    """SHA-256 of its UTF-8, half surrogate pairs included."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

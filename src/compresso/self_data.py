@@ -126,11 +126,11 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: list[str], tokens: 
     """Sampled continuations, one a text; batches are padded on the left."""
     if not texts:
         return []
-    tokenizer = encoder.tokenizer
+    tokenizer, pad = encoder.tokenizer, _pad(model, encoder)
     rows = [tokenizer(t, add_special_tokens=not t.startswith(tokenizer.bos_token or "\0"))["input_ids"] for t in texts]
-    rows = [row or [_pad(model, encoder)] for row in rows]
+    rows = [row or [pad] for row in rows]
     longest = max(map(len, rows))
-    ids = torch.tensor([[_pad(model, encoder)] * (longest - len(row)) + row for row in rows], device=model.device)
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
     out = model.generate(
         ids,
@@ -139,7 +139,7 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: list[str], tokens: 
         do_sample=True,
         temperature=1.0,
         top_p=0.95,
-        pad_token_id=_pad(model, encoder),
+        pad_token_id=pad,
         eos_token_id=end_tokens(model, tokenizer) or None,
     )
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
@@ -152,10 +152,9 @@ def _opening(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     would open a conversation.
     """
     first = tokenizer("a")["input_ids"][0]
-    if first in tokenizer.all_special_ids and first < model.config.vocab_size:
-        return first
-    vocabulary = tokenizer.get_vocab()
-    return _known(model, vocabulary.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    special = first if first in tokenizer.all_special_ids else None
+    divider = tokenizer.get_vocab().get("<|endoftext|>")
+    return _known(model, special, divider, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def _pad(model: PreTrainedModel, encoder: Encoder) -> int:

@@ -41,7 +41,10 @@ def extract_checked(bench: Workbench, model: PreTrainedModel, plan: Plan) -> tup
 
 @torch.no_grad()
 def save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
-    """Save in the dtype of the original, reload as a stranger would, compare logits; one process does it for all."""
+    """Save in the dtype of the original, reload as a stranger would, compare logits; one process does it for all.
+
+    Raises RuntimeError if what loads computes something else.
+    """
     if not bench.writes:
         bench.accelerator.wait_for_everyone()
         return
@@ -63,6 +66,7 @@ def save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summary
 
 
 def note_difference(summary: dict[str, Any], folder: Path, difference: float) -> None:
+    """Enter into the summary how far what loads from a folder is from what was saved there, in logits."""
     summary["logit_differences"][f"{folder.name}_reloaded"] = difference
     summary["max_logit_difference"] = max(summary["logit_differences"].values())
 
@@ -86,7 +90,8 @@ def cut_files(
 ) -> tuple[PreTrainedModel, float]:
     """Write the smaller model from the files of `bench.place`, adapters merged; load it, compare, and go on from it.
 
-    One process writes, tensor after tensor; none holds a whole model. Without a plan nothing is cut.
+    One process writes, tensor after tensor; none holds a whole model. Without a plan nothing is cut. Raises
+    RuntimeError if what loads computes something else.
     """
     place = bench.place
     assert place is not None
