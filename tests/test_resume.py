@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import compresso
-from compresso import prepare, savepoints, train
+from compresso import prepare, savepoints, train, usable_records
 from compresso.cli import main
 from compresso.setbacks import stopped
 from compresso.stopping import DIVERGED, INTERRUPTED, NO_MEMORY, NO_ROOM, Stopped
@@ -211,7 +211,7 @@ def test_nothing_of_the_first_attempt_is_in_memory_when_the_second_begins(place,
 def test_two_commands_that_begin_at_once_do_not_share_a_folder(place, monkeypatch):
     """The second is there when the first has looked and found nothing."""
     calls = itertools.count()
-    original = prepare.read_records
+    original = usable_records.read_records
 
     def meanwhile(*given):
         if not next(calls):

@@ -28,8 +28,9 @@ from compresso.launch import check_in_parts
 from compresso.measured import score
 from compresso.methods import METHODS
 from compresso.one_at_a_time import alone_in
+from compresso.output_folder import write_config
 from compresso.plan import Plan
-from compresso.prepare import prepare, read_records
+from compresso.prepare import prepare
 from compresso.progress import Progress
 from compresso.recovery import recover_smaller
 from compresso.schemas import SUMMARY as SUMMARY_SCHEMA
@@ -38,6 +39,7 @@ from compresso.shape import count_prunable
 from compresso.streamed import count_parameters
 from compresso.streams import without
 from compresso.summary import show
+from compresso.usable_records import read_records
 from compresso.verified import cut_files, extract_checked, save_checked
 from compresso.workbench import (
     METRICS,
@@ -292,7 +294,7 @@ def _leave(bench: Workbench, dense: dict[str, Any], model: PreTrainedModel, plan
     if bench.writes:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped here
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(replace(config, overwrite=False).to_yaml())
+        write_config(config, folder)
         for name in ("env.json", "metrics.jsonl", "self.jsonl"):
             if (bench.folder / name).exists():
                 shutil.copy(bench.folder / name, folder)

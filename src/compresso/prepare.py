@@ -1,7 +1,6 @@
 """Before anything is computed: load and check settings, checkpoint and data, then make the run folder."""
 
 import itertools
-import json
 import math
 import time
 from contextlib import ExitStack
@@ -15,28 +14,23 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from compresso import allocation, checkpoint, demo, hard_concrete, launch, tuning, vocabulary, whole_files
+from compresso import allocation, checkpoint, demo, hard_concrete, launch, tuning, vocabulary
 from compresso.adapters import linear_names
 from compresso.batches import Encoder
 from compresso.calibration import check_inputs
 from compresso.config import SCORED, VOCABULARY, PruneConfig, nearest
-from compresso.environment import environment
 from compresso.families import UNITS, family_of
 from compresso.identity import check_processes, check_unchanged, digest_model, digest_records, digest_text
-from compresso.one_at_a_time import alone_in
+from compresso.output_folder import check_output, make_folder
 from compresso.perplexity import WINDOW, text_windows
-from compresso.progress import FILE as PROGRESS
 from compresso.progress import Progress
-from compresso.progress import read as read_progress
 from compresso.prompts import CollaborativePrompt, find_prompt
-from compresso.records import Record, Source, files_of, parts_of, read_sources
-from compresso.self_data import write_records
+from compresso.records import Source, files_of, parts_of
 from compresso.shape import ModelShape, count_prunable, describe
 from compresso.streamed import count_parameters, folder_of
-from compresso.streams import Stream, open_streams, take_held_out
-from compresso.workbench import Workbench, compute_dtype, console, progress_bar, status
-
-RUN_MARKS = ("config.yaml", "env.json")
+from compresso.streams import Stream, take_held_out
+from compresso.usable_records import check_tokens, read_records
+from compresso.workbench import Workbench, compute_dtype, console, status
 
 
 def prepare(
@@ -57,7 +51,7 @@ def prepare(
     folder = Path(config.output)
     new = progress is None
     if new:
-        _check_output(config)
+        check_output(config)
     prompt = find_prompt(config.prompt, config.prompt_format)
     text = _text(config)
     if config.records not in ("self", "demo"):
@@ -86,7 +80,7 @@ def prepare(
     progress.processes = accelerator.num_processes
     held = held or ExitStack()
     if new and config.records == "self":
-        _make_folder(config, accelerator, progress, held)
+        make_folder(config, accelerator, progress, held)
     with accelerator.main_process_first():
         sources = read_records(config, model, encoder, prompt)
     facts: dict[str, Any] = {"stored_dtype": stored}
@@ -97,9 +91,9 @@ def prepare(
     sources, held_out = take_held_out(sources, config.validation_records, config.seed)
     text = text or "\n\n".join(record.response for record in held_out)
     windows = text_windows(text, tokenizer, config.perplexity_windows, min(WINDOW, context or WINDOW), shorter=True)
-    _check_tokens(windows.flatten().tolist(), tokenizer, model.config.vocab_size)
+    check_tokens(windows.flatten().tolist(), tokenizer, model.config.vocab_size)
     if new and config.records != "self":
-        _make_folder(config, accelerator, progress, held)
+        make_folder(config, accelerator, progress, held)
     which = "smaller model" if source else "model"
     found = {which: digest, "records": digest_records(sources, held_out), "prompt": digest_text(prompt.body)}
     check_unchanged(progress, found, folder)
@@ -145,40 +139,6 @@ def _load(
         stored, digest = model.dtype, digest_model(model, None)  # of its own numbers, whatever this machine computes in
         dtype = compute_dtype(config.precision, accelerator.device)
         return checkpoint.cast(model, dtype).to(accelerator.device), tokenizer, stored, None, digest
-
-
-def _check_output(config: PruneConfig) -> None:
-    """An output that exists is replaced only when asked for, only if it is a run, and never with an input in it."""
-    folder = Path(config.output)
-    whole_files.heal(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; name a folder that is to be written")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not config.overwrite:
-        go_on = f"; `compresso prune --resume {folder}` goes on with the run in it" if _unfinished(folder) else ""
-        raise ValueError(
-            f"{folder} exists and is not empty; choose another --output, or --overwrite to replace it{go_on}"
-        )
-    if not all((folder / name).is_file() for name in RUN_MARKS):
-        marks = " and ".join(RUN_MARKS)
-        raise ValueError(
-            f"{folder} is not a run folder ({marks} are missing), so it is not replaced; choose another --output"
-        )
-    inputs = [config.model, config.text, config.prompt, *config.records.split(",")]
-    for name in filter(None, inputs):
-        path = Path(name.strip().rpartition(":")[0] or name.strip())
-        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"{path} lies in {folder}, which --overwrite would replace; choose another --output")
-    with alone_in(folder):  # a run that is under way is not replaced
-        pass
-
-
-def _unfinished(folder: Path) -> bool:
-    try:
-        return not read_progress(folder).done
-    except (FileNotFoundError, ValueError):
-        return False
 
 
 def with_units(config: PruneConfig, model_type: str) -> PruneConfig:
@@ -241,88 +201,6 @@ def _check_lora_targets(config: PruneConfig, model: PreTrainedModel) -> None:
                 f"no matrix is called {target!r}{nearest(target, known)}; --lora-targets may name "
                 f"{', '.join(sorted(known))}"
             )
-
-
-def _make_folder(config: PruneConfig, accelerator: Accelerator, progress: Progress, held: ExitStack) -> None:
-    """From here on the run leaves traces; all that can be wrong with its input has been checked."""
-    accelerator.wait_for_everyone()  # all have looked at what is there
-    if not accelerator.is_main_process:
-        return
-    _check_output(config)  # another command may have begun there since
-    folder = Path(config.output)
-    with whole_files.new_folder(folder) as partial:
-        (partial / "config.yaml").write_text(replace(config, overwrite=False).to_yaml())  # asked for once
-        (partial / "env.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n")
-        (partial / PROGRESS).write_bytes(progress.to_json())
-        held.enter_context(alone_in(partial))
-
-
-def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) -> list[Source]:
-    """Records that the model writes, once a run."""
-    path = Path(config.output) / "self.jsonl"
-    if not path.exists():
-        partial = path.with_name("self.jsonl.unfinished")
-        with progress_bar() as bar:
-            task = bar.add_task("the model writes records", total=config.self_records, note="")
-            write_records(model, encoder, config.self_records, config.seed, partial, lambda n: bar.advance(task, n))
-        whole_files.write(path, partial.read_bytes())
-        partial.unlink()
-    return read_sources(str(path))
-
-
-def read_records(
-    config: PruneConfig, model: PreTrainedModel, encoder: Encoder, prompt: CollaborativePrompt
-) -> list[Source] | list[Stream]:
-    """The records that `config` names, without those that chat template or model cannot take; says what was left out.
-
-    Raises ValueError or FileNotFoundError for a source without a usable record.
-    """
-    rows = model.config.vocab_size
-    larger = max(encoder.tokenizer.get_vocab().values()) >= rows  # only then is a record tokenised here
-
-    def refusal(record: Record) -> str | None:
-        try:
-            encoder.split_text(record, prompt)
-            if larger:
-                _check_tokens(encoder.encode(record, prompt).ids, encoder.tokenizer, rows)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    match config.records:
-        case "self":
-            sources = _own_records(config, model, encoder)
-        case "demo":
-            sources = [demo.records()]
-        case _ if config.stream:
-            return open_streams(config.records, refusal)
-        case _:
-            with status("reading records"):
-                sources = read_sources(config.records)
-    for source in sources:
-        kept = []
-        places = source.places or [(number, "") for number in range(1, len(source.records) + 1)]
-        for (number, where), record in zip(places, source.records, strict=True):
-            reason = refusal(record)
-            if reason is None:
-                kept.append(record)
-            else:
-                source.skipped.append((number, where + reason))
-        source.records, source.places = kept, []
-        if source.report():
-            console.print(source.report(), markup=False)
-        if not kept:
-            raise ValueError(f"no usable record: {source.report()}")
-    return sources
-
-
-def _check_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raise ValueError if a token has no row in an embedding of so many."""
-    if (highest := max(ids, default=0)) >= rows:
-        token = tokenizer.convert_ids_to_tokens(highest)
-        raise ValueError(
-            f"the tokenizer gives the token {token!r} the number {highest}, and the model's embedding has {rows} rows"
-        )
 
 
 def _cut_vocabulary(
