@@ -20,7 +20,7 @@ import argparse
 import itertools
 import json
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,8 @@ class Lab:
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """A cell that is there, has spent what it was given on the records of today, and was asked the tasks."""
         least = SPENT * BUDGETS.get(cell.budget, 0)
-        own = tuning.own_share(PruneConfig(target_sparsity=cell.sparsity), "full") if cell.recovery == "ours" else 0
         there = (c for c in self.result["cells"] if cell.key.items() <= c.items() and "answers" in c)
-        of_today = (c for c in there if c.get("settings", {}).get("own_share", 0) == own)
-        return next((c for c in of_today if c["flops"] >= least), None)
+        return next((c for c in there if c["flops"] >= least and _as_today(c)), None)
 
     def keep(self, cell: Cell, figures: dict[str, Any], summary: dict[str, Any]) -> None:
         operations = summary.get("operations", {})
@@ -204,7 +202,7 @@ class Lab:
         given = PruneConfig(**config)
         tokens = self.tokens_a_step(given.prompt)
         tune = config.get("tune", "full")
-        share, own = tuning.distill(given, tune), tuning.own_share(given, tune)
+        share = tuning.distill(given, tune)
         teacher = 2 * self.parameters * tokens if share else 0
         if cell.method == "l0":
             a_step = 6 * self.parameters * tokens + teacher
@@ -215,19 +213,24 @@ class Lab:
         summary = compresso.resume(str(folder)) if doing else compresso.prune(**config)
         if cell.recovery != "none" and doing != "recover":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
+            learning = 6 * _learning(folder / "cut", given.tune)
+            given = replace(given, recover_steps=int(left / (learning * tokens + teacher)))
+            own = tuning.own_share(given, tune)
             texts = own * BATCH * OWN_LENGTH  # tokens a step, each text twice, so that half of them are written
             tokens = (1 - own) * tokens + texts
             dense = 2 * self.parameters * (tokens * bool(share) + texts / 2)
-            steps = max(1, int(left / (6 * _learning(folder / "cut", given.tune) * tokens + dense)))
+            steps = max(1, int(left / (learning * tokens + dense)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
+        given = replace(given, recover_steps=progress.read(folder).settings.get("recover_steps", 0))
         figures = self.measure_folder(folder / "model", summary)
         settings = {
             **settings,
             "precision": self.given.precision,
             "own_texts": given.own_texts,
             "distill": share,
-            "own_share": own,
+            "own_share": tuning.own_share(given, tune),
+            "recover_steps": given.recover_steps,
         }
         figures |= self.tasks(str(folder), folder / "tasks.json")
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
@@ -258,6 +261,15 @@ def _of_both(*sides: list[str]) -> list[list[float]]:
     """Mean over seeds for each of the first documents, as far as all were asked."""
     asked = min(len(answers) for side in sides for answers in side)
     return [[statistics.mean(int(answers[i]) for answers in side) for i in range(asked)] for side in sides]
+
+
+def _as_today(entry: dict[str, Any]) -> bool:
+    """Whether a cell of ours recovered on such a share of own texts as is the default for so many steps."""
+    if entry["recovery"] != "ours":
+        return True
+    settings = entry["settings"]
+    given = PruneConfig(target_sparsity=entry["sparsity"], recover_steps=settings.get("recover_steps", 0))
+    return bool(settings.get("own_share", 0.0) == tuning.own_share(given, "full"))
 
 
 def _learning(folder: Path, tune: str) -> int:

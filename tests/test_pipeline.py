@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compresso
-from compresso import plan
+from compresso import plan, tuning
 from compresso.batches import batches
 from compresso.chat import answer, chat, compare, open_model
 from compresso.cli import main
@@ -236,6 +236,31 @@ def test_a_recovery_learns_from_texts_of_the_dense_model_if_asked(finished, monk
     compresso.recover(str(finished), recover_steps=1, own_share=0.5)
     assert (finished / "own.jsonl").stat().st_mtime_ns == before
     assert "own_texts" not in compresso.recover(str(finished), recover_steps=1)["operations"]
+
+
+def test_a_longer_recovery_writes_the_texts_that_it_lacks(finished, tmp_path):
+    """Those that are there stay the first ones, in a folder of any name; a shorter one takes no more than it needs."""
+    run = tmp_path / "a,b:2"
+    shutil.copytree(finished, run)
+    (run / "own.jsonl").unlink(missing_ok=True)
+    lines, written = [], []
+    for steps in (4, 12, 4):
+        summary = compresso.recover(str(run), recover_steps=steps, own_share=0.5)
+        lines.append((run / "own.jsonl").read_text().splitlines())
+        written.append(summary["operations"]["own_texts"])
+    assert [len(each) for each in lines] == [4, 12, 12]
+    assert lines[1] == lines[2]
+    assert lines[1][:4] == lines[0]
+    assert len({*lines[1]}) == 12
+    assert written[0] == written[2] == pytest.approx(written[1] / 3)
+
+
+def test_a_run_whose_kept_texts_are_all_empty_says_so(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "own.jsonl").write_text('{"text": " "}\n' * 4)
+    with pytest.raises(ValueError, match="no usable text of the model's own; recover with --own-share 0"):
+        compresso.recover(str(run), recover_steps=4, own_share=0.5)
 
 
 @pytest.mark.parametrize(
@@ -544,6 +569,26 @@ def test_all_weights_recover_at_a_higher_rate_where_more_is_gone(checkpoint, dat
     assert rate() == 3e-5
     compresso.recover(str(run), learning_rate=None, tune="lora")
     assert rate() == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("steps", "gone", "rate", "share"),
+    [
+        (100, 0.5, 5e-4, 0.125),
+        (424, 0.5, 5e-4, 0.125),
+        (1696, 0.5, 2.5e-4, 0.25),
+        (99999, 0.5, 2e-4, 0.25),
+        (1696, 0.3, 2e-4, 0.0),
+    ],
+)
+def test_a_long_recovery_takes_smaller_steps_and_more_texts(steps, gone, rate, share):
+    """Adapters' rate stays, and so does what was asked for."""
+    config = compresso.PruneConfig(target_sparsity=gone, recover_steps=steps)
+    assert tuning.learning_rate(config, "full", gone) == pytest.approx(rate)
+    assert tuning.own_share(config, "full") == share
+    assert (tuning.learning_rate(config, "lora", gone), tuning.own_share(config, "lora")) == (1e-3, 0.0)
+    asked = replace(config, learning_rate=3e-5, own_share=0.01)
+    assert (tuning.learning_rate(asked, "full", gone), tuning.own_share(asked, "full")) == (3e-5, 0.01)
 
 
 def test_a_run_that_trained_nothing_recovers_later(checkpoint, data, tmp_path):

@@ -131,13 +131,13 @@ class PruneConfig:
     own_share: float | None = None
     """Share of recovery's records that are texts which the dense model writes first, in [0, 1): they keep what the
     records do not ask for, at some cost for these. By default an eighth where all weights learn and 40 % or more goes,
-    else none. Split and 4-bit weights write none."""
+    a quarter if recovery has 1,000 steps or more, else none. Split and 4-bit weights write none."""
     tune: Literal["auto", "lora", "full"] = "auto"
     """What learns in pruning and recovery: LoRA adapters, or all weights of the decoder layers, which is better and
     takes 14 bytes of memory for each. auto: all weights of models up to 1 B parameters, LoRA for larger ones."""
     learning_rate: float | None = None
     """Peak learning rate; it decays by a cosine. By default 1e-3 for LoRA, 2e-4 for all weights, more in recovery
-    where more than 30 % is gone (5e-4 at a half)."""
+    where more than 30 % is gone (5e-4 at a half, and less again the more steps it has)."""
     gate_learning_rate: float | None = None
     """Step size of log_alpha; by default as much as crosses its range within the run."""
     clip: float = 1.0

@@ -181,6 +181,15 @@ def read_sources(data: str) -> list[Source]:
     return sources
 
 
+def read_file(path: Path) -> Source:
+    """What one file holds, whatever characters its name has. Raises FileNotFoundError or ValueError if it cannot be
+    read."""
+    source = Source(str(path))
+    for number, row in rows_of(path):
+        source.add(number, row)
+    return source
+
+
 def files_of(name: str) -> list[Path]:
     """The files that a source names, in order: one, those of a folder or a pattern (a/*.jsonl); none for a hub id.
 

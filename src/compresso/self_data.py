@@ -18,7 +18,7 @@ from compresso import whole_files
 from compresso.batches import MARK, Encoder
 from compresso.chat import end_tokens
 from compresso.prompts import CollaborativePrompt
-from compresso.records import Record, read_sources
+from compresso.records import Record, Source, read_file
 from compresso.workbench import progress_bar
 
 AT_ONCE = 16
@@ -47,13 +47,20 @@ def write_records(
 
 
 def kept_texts(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, path: Path) -> list[Record]:
-    """Plain texts of OWN_LENGTH tokens that the model samples, `count` of them, from the file where they are kept."""
-    if not path.exists():
-        ids = write_texts(model, encoder, count, own_length(encoder), seed)[:, 1:]
-        texts = encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts if text.strip()]
-        whole_files.write(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
-    return read_sources(str(path))[0].records
+    """Plain texts of OWN_LENGTH tokens that the model samples, `count` of them without empty ones, from the file where
+    they are kept; those that are missing there are written. Raises ValueError if there are none."""
+    source = read_file(path) if path.exists() else Source(str(path))
+    there = len(source.records) + len(source.skipped)
+    if there < count:
+        ids = write_texts(model, encoder, count - there, own_length(encoder), seed + there)[:, 1:]
+        lines = (json.dumps({"text": text}) for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        before = path.read_bytes() if there else b""
+        whole_files.write(path, before + "".join(f"{line}\n" for line in lines).encode())
+        source = read_file(path)
+    kept = [record for record, (number, _) in zip(source.records, source.places, strict=True) if number <= count]
+    if not kept:
+        raise ValueError(f"{path} holds no usable text of the model's own; recover with --own-share 0")
+    return kept
 
 
 def texts_for(records: int, share: float) -> int:

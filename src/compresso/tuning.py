@@ -4,6 +4,7 @@ Small models learn far better with all their weights, and can afford it: float32
 bytes for each (LOG.md, 2026-11-25). Embedding, head and final norm stay as they are.
 """
 
+import math
 from typing import Literal
 
 from peft import PeftModel
@@ -17,9 +18,11 @@ Tune = Literal["lora", "full"]
 LARGEST = 1_000_000_000  # parameters of a model whose weights all learn by default
 DISTILL = {"lora": 0.0, "full": 0.5}  # LOG.md, 2026-11-26
 LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 2e-4}  # LOG.md, 2026-11-25
-OWN_SHARE = {"lora": 0.0, "full": 0.125}  # once much is gone; LOG.md, 2026-11-28
+SHORT_SHARE, LONG_SHARE = 0.125, 0.25  # own texts where all weights learn, much is gone, and recovery is short or long
 MUCH = 0.4  # of the prunable parameters
+LONG = 1000  # steps of recovery; LOG.md, 2026-11-28
 MENDING = {"lora": 0.0, "full": 2e-3}  # rate in recovery over the square of the share that is gone (LOG.md, 2026-11-27)
+MENDED_IN = 424  # steps of the recovery in which that was measured
 
 
 def chosen(config: PruneConfig, parameters: int, whole: bool) -> Tune:
@@ -49,13 +52,16 @@ def distill(config: PruneConfig, tune: str) -> float:
 
 def own_share(config: PruneConfig, tune: str) -> float:
     """Share of recovery's records that the dense model writes: some once so much is cut out that the records alone no
-    longer bring back what else the model knew."""
+    longer bring back what else the model knew, and more of them the longer they would lead away from it."""
     if config.own_share is not None:
         return config.own_share
-    return OWN_SHARE[tune] if config.target_sparsity >= MUCH else 0.0
+    if tune == "lora" or config.target_sparsity < MUCH:
+        return 0.0
+    return LONG_SHARE if config.recover_steps >= LONG else SHORT_SHARE
 
 
 def learning_rate(config: PruneConfig, tune: str, gone: float = 0.0) -> float:
     """The peak, where so large a share of the prunable parameters is gone: the more there is to mend, the longer steps
-    pay."""
-    return config.learning_rate or max(LEARNING_RATE[tune], MENDING[tune] * gone**2)
+    pay, and the less the more steps recovery has."""
+    mending = MENDING[tune] * gone**2 * min(1.0, math.sqrt(MENDED_IN / max(1, config.recover_steps)))
+    return config.learning_rate or max(LEARNING_RATE[tune], mending)

@@ -8,7 +8,7 @@ from compresso import demo, whole_files
 from compresso.batches import Encoder
 from compresso.config import PruneConfig
 from compresso.prompts import CollaborativePrompt
-from compresso.records import Record, Source, read_sources
+from compresso.records import Record, Source, read_file, read_sources
 from compresso.self_data import write_records
 from compresso.streams import Stream, open_streams
 from compresso.workbench import console, progress_bar, status
@@ -79,4 +79,4 @@ def _own_records(config: PruneConfig, model: PreTrainedModel, encoder: Encoder) 
             write_records(model, encoder, config.self_records, config.seed, partial, lambda n: bar.advance(task, n))
         whole_files.write(path, partial.read_bytes())
         partial.unlink()
-    return read_sources(str(path))
+    return [read_file(path)]
