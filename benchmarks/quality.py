@@ -46,8 +46,8 @@ BUDGETS = {"tiny": 1e14, "small": 3e14, "medium": 1.35e15}
 """Operations: about 7, 20 and 90 minutes of training on two cores of the machine that the results are from."""
 SPENT = 0.95
 """Share of its budget that a cell must have used to stand; steps are planned from the mean length of records."""
-PRUNING = 0.25
-"""Share of a budget that learned gates may take; recovery takes the rest (LOG.md, 2026-11-27)."""
+PRUNING = 0.15
+"""Share of a budget that learned gates may take; recovery takes the rest (LOG.md, 2026-11-28)."""
 SPARSITIES = (0.2, 0.3, 0.5)
 BATCH, LENGTH = 8, 192
 COMMON = {"batch_size": BATCH, "max_length": LENGTH, "validation_records": 16, "perplexity_windows": 4}
@@ -114,7 +114,7 @@ class Lab:
         """A cell that is there, has spent what it was given on the records of today, and was asked the tasks."""
         least = SPENT * BUDGETS.get(cell.budget, 0)
         there = (c for c in self.result["cells"] if cell.key.items() <= c.items() and "answers" in c)
-        return next((c for c in there if c["flops"] >= least and _as_today(c)), None)
+        return next((c for c in there if c["flops"] >= least and as_today(c)), None)
 
     def keep(self, cell: Cell, figures: dict[str, Any], summary: dict[str, Any]) -> None:
         operations = summary.get("operations", {})
@@ -202,10 +202,8 @@ class Lab:
         given = PruneConfig(**config)
         tokens = self.tokens_a_step(given.prompt)
         tune = config.get("tune", "full")
-        share = tuning.distill(given, tune)
-        teacher = 2 * self.parameters * tokens if share else 0
         if cell.method == "l0":
-            a_step = 6 * self.parameters * tokens + teacher
+            a_step = (6 + 2 * bool(tuning.distill(given, tune))) * self.parameters * tokens
             config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))
         print(f"{cell.key}: {BUDGETS.get(cell.budget, 0):.1e} operations", flush=True)
         config |= {"method": cell.method.split()[0], "recover_steps": 0}
@@ -214,12 +212,14 @@ class Lab:
         if cell.recovery != "none" and doing != "recover":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
             learning = 6 * _learning(folder / "cut", given.tune)
-            given = replace(given, recover_steps=int(left / (learning * tokens + teacher)))
+            share = tuning.recovery_distill(given, tune)
+            teacher = 2 * self.parameters * bool(share)
+            given = replace(given, recover_steps=int(left / ((learning + teacher) * tokens)))
             own = tuning.own_share(given, tune)
             texts = own * BATCH * OWN_LENGTH  # tokens a step, each text twice, so that half of them are written
             tokens = (1 - own) * tokens + texts
-            dense = 2 * self.parameters * (tokens * bool(share) + texts / 2)
-            steps = max(1, int(left / (learning * tokens + dense)))
+            written = self.parameters * texts  # half of them, two operations for each parameter
+            steps = max(1, int(left / ((learning + teacher) * tokens + written)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
         given = replace(given, recover_steps=progress.read(folder).settings.get("recover_steps", 0))
@@ -228,7 +228,7 @@ class Lab:
             **settings,
             "precision": self.given.precision,
             "own_texts": given.own_texts,
-            "distill": share,
+            "distill": tuning.recovery_distill(given, tune),
             "own_share": tuning.own_share(given, tune),
             "recover_steps": given.recover_steps,
         }
@@ -240,12 +240,14 @@ class Lab:
 def less_ours(cells: list[dict[str, Any]], all_cells: list[dict[str, Any]]) -> Difference | None:
     """How much better than learned gates of as many operations some cells of one kind answer the same documents.
 
-    Of a document the mean over seeds counts on both sides. Plans without recovery are compared with ours of the `small`
-    budget. None if one side was not asked, or if the cells are ours.
+    Of a document the mean over seeds counts on both sides. Ours are those of today's defaults if there are any. Plans
+    without recovery are compared with ours of the `small` budget. None if one side was not asked, or if the cells are
+    ours.
     """
     budget = cells[0]["budget"].replace("none", "small")
     of_ours = {"method": "l0", "recovery": "ours", "sparsity": cells[0]["sparsity"], "budget": budget}
     ours = [c for c in all_cells if of_ours.items() <= c.items()]
+    ours = [c for c in ours if as_today(c)] or ours
     asked_ours, asked = ([c for c in side if "answers" in c] for side in (ours, cells))
     if not asked_ours or not asked or cells[0] in ours:
         return None
@@ -263,13 +265,15 @@ def _of_both(*sides: list[str]) -> list[list[float]]:
     return [[statistics.mean(int(answers[i]) for answers in side) for i in range(asked)] for side in sides]
 
 
-def _as_today(entry: dict[str, Any]) -> bool:
-    """Whether a cell of ours recovered on such a share of own texts as is the default for so many steps."""
+def as_today(entry: dict[str, Any]) -> bool:
+    """Whether a cell of ours recovered on such shares of own texts and the dense model's predictions as are the default
+    for so many steps."""
     if entry["recovery"] != "ours":
         return True
     settings = entry["settings"]
     given = PruneConfig(target_sparsity=entry["sparsity"], recover_steps=settings.get("recover_steps", 0))
-    return bool(settings.get("own_share", 0.0) == tuning.own_share(given, "full"))
+    shares = {"own_share": tuning.own_share(given, "full"), "distill": tuning.recovery_distill(given, "full")}
+    return bool({"own_share": 0.0, **settings}.items() >= shares.items())
 
 
 def _learning(folder: Path, tune: str) -> int:

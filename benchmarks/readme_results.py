@@ -185,7 +185,7 @@ METHOD_NAMES = {
     "minitron": "Minitron, width",
     "shortgpt": "ShortGPT",
 }
-RECOVERIES = {"none": "", "lora": "LoRA, next-token loss", "ours": "ours"}
+RECOVERIES = {"none": "", "lora": "LoRA, next-token loss", "ours": "ours", "before": "ours, of before"}
 
 
 def quality_table(found: dict[str, Any]) -> str:
@@ -214,7 +214,8 @@ def quality_table(found: dict[str, Any]) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for cell in found["cells"]:
         if cell is not dense and cell["method"] != "dense":
-            groups.setdefault((cell["sparsity"], cell["budget"], cell["recovery"], cell["method"]), []).append(cell)
+            recovery = cell["recovery"] if quality.as_today(cell) else "before"
+            groups.setdefault((cell["sparsity"], cell["budget"], recovery, cell["method"]), []).append(cell)
 
     def order(key: tuple) -> tuple:
         return (key[0], key[1] == "none", statistics.mean(c["wikitext2_ppl"] for c in groups[key]))
@@ -229,7 +230,8 @@ def quality_table(found: dict[str, Any]) -> str:
     text = (
         "Mean (smallest to largest); less ours: answers to the same documents less those of Compresso with as many "
         "operations (3e14 for plans without recovery), the mean of the seeds that were asked, 95 % interval of "
-        "documents; "
+        "documents; of before: with other shares of own texts or of the dense model's predictions than are the default "
+        "now; "
         f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
     return "\n".join([*lines, "", text])

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start too: more would crawl
 
 import hypothesis  # noqa: F401  (what it finds of other libraries it must find before gc.freeze)
 import pytest

@@ -61,8 +61,9 @@ def test_the_papers_tables(tmp_path):
 
 
 def test_tasks_are_paired_with_ours_of_the_same_size_and_budget():
-    def cell(method, seed, answers, sparsity=0.2, budget="small"):
+    def cell(method, seed, answers, sparsity=0.2, budget="small", distill=0.0):
         figures = {"method": method, "sparsity": sparsity, "budget": budget, "seed": seed}
+        figures |= {"settings": {"own_share": 0.125, "distill": distill}}
         figures |= {"recovery": "none" if budget == "none" else "ours"}
         figures |= {"flops": 1e14, "instruction_loss": 2.0, "wikitext2_ppl": 40.0, "c4_ppl": 50.0}
         return figures | ({"answers": {"piqa": answers}, "suite": answers.count("1") / len(answers)} if answers else {})
@@ -71,7 +72,8 @@ def test_tasks_are_paired_with_ours_of_the_same_size_and_budget():
     wanda = [cell("wanda", 1, "1" * 30 + "0" * 10), cell("wanda", 2, "0" * 30), cell("wanda", 3, "")]
     flap = [cell("flap", 0, "0" * 20 + "1" * 20, budget="none")]
     without, elsewhere = [cell("taylor", 0, "")], [cell("flap", 0, "1" * 40, sparsity=0.3)]
-    cells = [*ours, *wanda, *flap, *without, *elsewhere]
+    before = [cell("l0", 3, "0" * 40, distill=0.5)]
+    cells = [*ours, *wanda, *flap, *without, *elsewhere, *before]
     assert quality.less_ours(wanda, cells).difference == pytest.approx(0.5 - 0.75), (
         "seeds' means, as far as all were asked"
     )
@@ -84,6 +86,7 @@ def test_tasks_are_paired_with_ours_of_the_same_size_and_budget():
         {"cells": [dense, *reversed(cells)], "versions": {"torch": "2", "transformers": "5"}},
     )
     assert "| 37.5 (0.0 to 75.0) | -25.0 [" in table
+    assert "| 20 % | Compresso | ours, of before | 1.0e+14 | 1 |" in table
 
 
 def test_a_cell_that_was_begun_goes_on(checkpoint, data, tmp_path):

@@ -125,7 +125,7 @@ def test_weights_split_over_two_processes_give_what_one_process_gives(data, toke
 
 
 def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_as_if_it_had_not(checkpoint, data, tmp_path):
-    run, settings = tmp_path / "run", {"batch_size": 3, "steps": 120, "tune": "lora", "checkpoint_seconds": 0.0}
+    run, settings = tmp_path / "run", {"batch_size": 3, "steps": 30, "tune": "lora", "checkpoint_seconds": 0.0}
     started = launch(checkpoint, data, run, **settings)
     try:
         metrics = run / "metrics.jsonl"

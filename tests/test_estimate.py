@@ -68,11 +68,18 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(checkpoint / "config.json", bare)
-    of_all = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", distill=0))
+    of_all = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", distill=0, own_share=0))
+    taught = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", own_share=0))
+    always = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", own_share=0, distill=0.5))
     found = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", tune="lora"))
     assert of_all.learned == sum(p.numel() for p in tiny_model("llama", vocab_size=300).model.layers.parameters())
     assert of_all.training["optimizer"] == 2 * of_all.training["float32 copies"] == 8 * of_all.learned
     assert of_all.operations - of_all.calibration == 1.5 * (found.operations - found.calibration)
+    by_step = (of_all.operations - of_all.calibration) / 15
+    assert taught.operations - taught.calibration == pytest.approx((10 * 4 / 3 + 5) * by_step), "while gates learn"
+    assert always.operations - always.calibration == pytest.approx(15 * 4 / 3 * by_step)
+    assert "dense model" in always.recovering
+    assert "dense model" not in taught.recovering
     model = tiny_model("llama", vocab_size=300)
     assert found.learned == sum(p.numel() for p in add_lora(model, CONFIG, 0).parameters() if p.requires_grad)
     assert found.steps == 15

@@ -183,10 +183,15 @@ def test_where_all_weights_learn_the_dense_model_teaches_by_default(checkpoint, 
         "target_sparsity": 0.2,
     }
     del quick["distill"]
-    first = {}
+    first, last = {}, {}
     for name, extra in (("full", {}), ("full alone", {"distill": 0.0}), ("lora", {}), ("lora alone", {"distill": 0.0})):
         output = tmp_path / name
         compresso.prune(**quick, output=str(output), tune=name.split()[0], **extra)
-        first[name] = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])["operations"]
+        rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        first[name], last[name] = rows[0]["operations"], rows[-1]["operations"]
     assert first["full"] / first["full alone"] == pytest.approx(4 / 3)  # one pass of the teacher to three of the model
     assert first["lora"] == first["lora alone"]
+    assert last["full"] == pytest.approx(last["full alone"], rel=0.02)  # a fifth is gone: none in recovery
+    compresso.recover(str(tmp_path / "full alone"), recover_steps=1, distill=0.5)
+    row = json.loads((tmp_path / "full alone" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["operations"] > 1.3 * last["full alone"]

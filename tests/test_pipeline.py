@@ -255,24 +255,26 @@ def test_a_longer_recovery_writes_the_texts_that_it_lacks(finished, tmp_path):
     assert written[0] == written[2] == pytest.approx(written[1] / 3)
 
 
-def test_a_run_whose_kept_texts_are_all_empty_says_so(finished, tmp_path):
+def test_a_run_whose_kept_texts_are_all_empty_says_so_or_does_without(finished, tmp_path):
+    """Where they were asked for, and where they are the default."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "own.jsonl").write_text('{"text": " "}\n' * 4)
     with pytest.raises(ValueError, match="no usable text of the model's own; recover with --own-share 0"):
         compresso.recover(str(run), recover_steps=4, own_share=0.5)
+    assert compresso.recover(str(run), recover_steps=4, own_share=None)["operations"]["own_texts"] == 0
 
 
 @pytest.mark.parametrize(
     ("settings", "share"),
     [
         ({"target_sparsity": 0.5}, 0.125),
-        ({"target_sparsity": 0.3}, 0.0),
+        ({"target_sparsity": 0.3}, 0.125),
         ({"target_sparsity": 0.5, "tune": "lora"}, 0.0),
         ({"target_sparsity": 0.5, "own_share": 0.0}, 0.0),
     ],
 )
-def test_the_dense_model_writes_for_recovery_where_much_is_gone(settings, share, checkpoint, data, tmp_path):
+def test_the_dense_model_writes_for_recovery(settings, share, checkpoint, data, tmp_path):
     """Unless it is asked not to, and where all weights learn."""
     run = {"model": str(checkpoint), "data": str(data), "output": str(tmp_path / "run"), "batch_size": 4}
     summary = compresso.prune(**run, **settings, method="wanda", recover_steps=16, own_texts=0, precision="fp32")
@@ -578,7 +580,8 @@ def test_all_weights_recover_at_a_higher_rate_where_more_is_gone(checkpoint, dat
         (424, 0.5, 5e-4, 0.125),
         (1696, 0.5, 2.5e-4, 0.25),
         (99999, 0.5, 2e-4, 0.25),
-        (1696, 0.3, 2e-4, 0.0),
+        (1696, 0.3, 2e-4, 0.125),
+        (100, 0.3, 2e-4, 0.125),
     ],
 )
 def test_a_long_recovery_takes_smaller_steps_and_more_texts(steps, gone, rate, share):
@@ -586,8 +589,12 @@ def test_a_long_recovery_takes_smaller_steps_and_more_texts(steps, gone, rate, s
     config = compresso.PruneConfig(target_sparsity=gone, recover_steps=steps)
     assert tuning.learning_rate(config, "full", gone) == pytest.approx(rate)
     assert tuning.own_share(config, "full") == share
+    assert (tuning.distill(config, "full"), tuning.distill(config, "lora")) == (0.5, 0.0)
+    assert tuning.recovery_distill(config, "full") == (0.5 if gone >= 0.4 else 0.0)
+    assert tuning.recovery_distill(config, "lora") == 0.0
     assert (tuning.learning_rate(config, "lora", gone), tuning.own_share(config, "lora")) == (1e-3, 0.0)
-    asked = replace(config, learning_rate=3e-5, own_share=0.01)
+    asked = replace(config, learning_rate=3e-5, own_share=0.01, distill=0.1)
+    assert tuning.distill(asked, "full") == tuning.recovery_distill(asked, "full") == 0.1
     assert (tuning.learning_rate(asked, "full", gone), tuning.own_share(asked, "full")) == (3e-5, 0.01)
 
 

@@ -18,6 +18,7 @@ QUICK = {
     "batch_size": 4,
     "max_length": 48,
     "own_texts": 0,
+    "own_share": 0.0,
     "distill": 0.0,
     "prompt": "short",
     "device": "cpu",

@@ -17,7 +17,7 @@ import yaml
 from compresso.families import UNITS
 from compresso.widths import Widths, parse
 
-PRESETS = {"fast": (75, 225), "default": (300, 900), "best": (1500, 4500)}
+PRESETS = {"fast": (40, 260), "default": (150, 1050), "best": (750, 5250)}  # LOG.md, 2026-11-28
 """Steps of pruning and of recovery; a quarter for gates is no worse than half (LOG.md, 2026-11-27)."""
 STEPS = ("steps", "recover_steps")
 VOCABULARY = "vocab"  # a unit that no gate decides on
@@ -108,8 +108,8 @@ class PruneConfig:
     auto: chat where the tokenizer has a template."""
 
     preset: Literal["fast", "default", "best"] = "default"
-    """How long to learn, in steps of pruning and of recovery: fast 75 and 225, default 300 and 900, best 1,500 and
-    4,500. With records of 256 tokens in batches of 8, that is at most 0.6, 2.5 or 12 M tokens of records."""
+    """How long to learn, in steps of pruning and of recovery: fast 40 and 260, default 150 and 1,050, best 750 and
+    5,250. With records of 256 tokens in batches of 8, that is at most 0.6, 2.5 or 12 M tokens of records."""
     steps: int = -1
     """Optimizer steps of pruning: without gates, then the ramp of the target, then the hold; -1: as the preset says.
     Steps that a file of --config gives count unless --preset is given beside it."""
@@ -127,11 +127,11 @@ class PruneConfig:
     """Parts that a batch is split into to save memory."""
     distill: float | None = None
     """Share of the distance to the dense model's predictions in the loss, in [0, 1]; by default 0.5 where all weights
-    learn, which takes the memory of the dense model, and 0 with LoRA."""
+    learn, which takes the memory of the dense model, and 0 with LoRA and in recovery if less than 40 % goes."""
     own_share: float | None = None
     """Share of recovery's records that are texts which the dense model writes first, in [0, 1): they keep what the
-    records do not ask for, at some cost for these. By default an eighth where all weights learn and 40 % or more goes,
-    a quarter if recovery has 1,000 steps or more, else none. Split and 4-bit weights write none."""
+    records do not ask for, at some cost for these. By default an eighth where all weights learn, a quarter if 40 % or
+    more goes and recovery has 1,000 steps or more, none with LoRA. Split and 4-bit weights write none."""
     tune: Literal["auto", "lora", "full"] = "auto"
     """What learns in pruning and recovery: LoRA adapters, or all weights of the decoder layers, which is better and
     takes 14 bytes of memory for each. auto: all weights of models up to 1 B parameters, LoRA for larger ones."""

@@ -83,22 +83,25 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     shape = describe(whole)
     parameters, prunable = sum(p.numel() for p in whole.parameters()), count_prunable(whole)
     tune = tuning.chosen(config, parameters, not config.sharded and config.precision != "4bit")
-    config = replace(config, tune=tune, distill=tuning.distill(config, tune))
+    taught, taught_again = tuning.distill(config, tune), tuning.recovery_distill(config, tune)
+    config = replace(config, tune=tune, distill=taught)
     part = training_memory(architecture, dtype, config, prompt_tokens, cpu)
     learned = part.pop("parameters that learn")
     if config.method != "l0":
         part = _looking(architecture, dtype, config, prompt_tokens, whole, cpu)
     if cpu:
         part["gaps between blocks"] = gaps(part)
-    steps = (config.steps if config.method == "l0" else 0) + config.recover_steps
+    gated_steps = config.steps if config.method == "l0" else 0
+    steps = gated_steps + config.recover_steps
     shared = prompt_tokens * (1 if shares_prompt(config, prompt_tokens) else rows_together(config))
-    tokens = steps * processes * (config.batch_size * config.max_length + config.accumulation * shared)
+    tokens_a_step = processes * (config.batch_size * config.max_length + config.accumulation * shared)
     layers = whole.get_submodule(family_of(architecture.model_type).layers)
     in_layers = sum(p.numel() for p in layers.parameters())
     weights, kept = _weights(config, dtype, processes, parameters, prunable, in_layers, len(layers))
     if config.distill and tune == "full" and config.method == "l0":
         weights["dense model, to learn from"] = weights["weights"]
-    passes = 2 + (tune == "full") + config.gradient_checkpointing + bool(config.distill)
+    passes = steps * (2 + (tune == "full") + config.gradient_checkpointing)
+    passes += gated_steps * bool(taught) + config.recover_steps * bool(taught_again)
     used = 2.0 * (parameters - idle(whole))
     recovery_records = config.recover_steps * config.batch_size * processes
     written = OWN_LENGTH * texts_for(recovery_records, tuning.own_share(config, tune))
@@ -107,7 +110,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     if config.recover_steps:
         smaller = training_memory(_narrower(architecture, shape, config), dtype, config, prompt_tokens, cpu)
         smaller.pop("parameters that learn")
-        recovering = {**_two_models(config, kept, dtype), **smaller}
+        recovering = {**_two_models(bool(taught_again), kept, dtype), **smaller}
         if cpu:
             recovering["gaps between blocks"] = gaps(smaller)
     return Estimate(
@@ -120,9 +123,9 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         recovering,
         kept,
         steps,
-        tokens,
+        steps * tokens_a_step,
         calibration,
-        calibration + used * (passes * tokens + written),
+        calibration + used * (passes * tokens_a_step + written),
     )
 
 
@@ -272,10 +275,10 @@ def _narrower(architecture: PreTrainedConfig, shape: ModelShape, config: PruneCo
     return smaller
 
 
-def _two_models(config: PruneConfig, kept: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+def _two_models(taught: bool, kept: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
     """Bytes of the weights in recovery: the cut model, and the dense one where it teaches."""
     halved = dtype.itemsize / 4  # whole models are compared in float32, and go on in this
     found = {name.partition(",")[0]: round(size * halved) if "float32" in name else size for name, size in kept.items()}
-    if not config.distill:
+    if not taught:
         found.pop("dense model")
     return found

@@ -108,7 +108,8 @@ def _blocks(shape: ModelShape, scores: dict[str, Tensor], round_to: int) -> tupl
     token goes to stay, unless their sub-layer is a unit itself; so do the best `round_to`
     hidden channels.
     """
-    forced, offered = [], []
+    forced: list[_Block] = []
+    offered: list[_Block] = []
     for unit, values in scores.items():
         grain = round_to if unit in ("intermediate", "hidden") else 1
         floor = {"attention": 0, "mlp": 0, "expert": shape.experts_per_token}.get(unit, grain)
@@ -120,9 +121,10 @@ def _blocks(shape: ModelShape, scores: dict[str, Tensor], round_to: int) -> tupl
             kept = size - size % grain
             if size > kept:
                 forced.append(_Block(unit, layer, order[kept:], -torch.inf))
-            for start in range(floor, kept, grain):
-                members = order[start : start + grain]
-                offered.append(_Block(unit, layer, members, float(part[members].mean())))
+            if kept > floor:
+                together = order[floor:kept].view(-1, grain)
+                means = part[together].mean(dim=1).tolist()
+                offered += (_Block(unit, layer, *block) for block in zip(together, means, strict=True))
     return forced, sorted(offered, key=lambda block: block.score)
 
 

@@ -27,7 +27,7 @@ OWN = "own.jsonl"
 def recover_smaller(bench: Workbench, model: PreTrainedModel, plan: Plan, summary: dict[str, Any]) -> None:
     """Train the smaller model, or LoRA on it; score the result and save it."""
     config, folder = bench.config, bench.folder / "model"
-    share = tuning.distill(config, bench.tune)
+    share = tuning.recovery_distill(config, bench.tune)
     dense = _dense(bench) if share or tuning.own_share(config, bench.tune) else None
     own = _own_texts(bench, dense, summary)
     teacher = Teacher(dense, share) if dense and share else None
@@ -64,7 +64,10 @@ def recover_smaller(bench: Workbench, model: PreTrainedModel, plan: Plan, summar
 
 
 def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[str, Any]) -> list[Record]:
-    """What the dense model writes for recovery, once a run; it is accounted for."""
+    """What the dense model writes for recovery, once a run; it is accounted for.
+
+    Raises ValueError if such texts were asked for and it writes none.
+    """
     account, share = summary.setdefault("operations", {}), tuning.own_share(bench.config, bench.tune)
     if not dense or not share:
         account.pop("own_texts", None)
@@ -73,6 +76,8 @@ def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[st
     count = texts_for(records, share)
     with bench.accelerator.main_process_first():
         texts = kept_texts(dense, bench.encoder, count, bench.config.seed, bench.folder / OWN)
+    if not texts and bench.config.own_share:
+        raise ValueError(f"{bench.folder / OWN} holds no usable text of the model's own; recover with --own-share 0")
     account["own_texts"] = operations(dense, len(texts) * own_length(bench.encoder), 1)
     return texts
 

@@ -48,7 +48,7 @@ def write_records(
 
 def kept_texts(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, path: Path) -> list[Record]:
     """Plain texts of OWN_LENGTH tokens that the model samples, `count` of them without empty ones, from the file where
-    they are kept; those that are missing there are written. Raises ValueError if there are none."""
+    they are kept; those that are missing there are written."""
     source = read_file(path) if path.exists() else Source(str(path))
     there = len(source.records) + len(source.skipped)
     if there < count:
@@ -57,10 +57,7 @@ def kept_texts(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, 
         before = path.read_bytes() if there else b""
         whole_files.write(path, before + "".join(f"{line}\n" for line in lines).encode())
         source = read_file(path)
-    kept = [record for record, (number, _) in zip(source.records, source.places, strict=True) if number <= count]
-    if not kept:
-        raise ValueError(f"{path} holds no usable text of the model's own; recover with --own-share 0")
-    return kept
+    return [record for record, (number, _) in zip(source.records, source.places, strict=True) if number <= count]
 
 
 def texts_for(records: int, share: float) -> int:

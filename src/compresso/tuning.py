@@ -16,9 +16,9 @@ from compresso.families import family_of
 
 Tune = Literal["lora", "full"]
 LARGEST = 1_000_000_000  # parameters of a model whose weights all learn by default
-DISTILL = {"lora": 0.0, "full": 0.5}  # LOG.md, 2026-11-26
+DISTILL = {"lora": 0.0, "full": 0.5}  # LOG.md, 2026-11-26 and 2026-11-28
 LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 2e-4}  # LOG.md, 2026-11-25
-SHORT_SHARE, LONG_SHARE = 0.125, 0.25  # own texts where all weights learn, much is gone, and recovery is short or long
+SHARE, LONG_SHARE = 0.125, 0.25  # of own texts where all weights learn; after much is gone, in a long recovery
 MUCH = 0.4  # of the prunable parameters
 LONG = 1000  # steps of recovery; LOG.md, 2026-11-28
 MENDING = {"lora": 0.0, "full": 2e-3}  # rate in recovery over the square of the share that is gone (LOG.md, 2026-11-27)
@@ -47,17 +47,26 @@ def start(model: PreTrainedModel, tune: str, config: PruneConfig, seed: int) -> 
 
 
 def distill(config: PruneConfig, tune: str) -> float:
+    """Share of the dense model's predictions in what is minimised while gates learn."""
     return DISTILL[tune] if config.distill is None else config.distill
 
 
+def recovery_distill(config: PruneConfig, tune: str) -> float:
+    """The same in recovery. Before much is gone a step without the dense model's pass is cheaper and lowers the loss
+    more; a few of its own texts keep what else the model knew."""
+    if config.distill is None and config.target_sparsity < MUCH:
+        return 0.0
+    return distill(config, tune)
+
+
 def own_share(config: PruneConfig, tune: str) -> float:
-    """Share of recovery's records that the dense model writes: some once so much is cut out that the records alone no
-    longer bring back what else the model knew, and more of them the longer they would lead away from it."""
+    """Share of recovery's records that the dense model writes, for what else the model knew than the records ask for:
+    more of them where much is cut out, and the records would lead away from it for long."""
     if config.own_share is not None:
         return config.own_share
-    if tune == "lora" or config.target_sparsity < MUCH:
+    if tune == "lora":
         return 0.0
-    return LONG_SHARE if config.recover_steps >= LONG else SHORT_SHARE
+    return LONG_SHARE if config.target_sparsity >= MUCH and config.recover_steps >= LONG else SHARE
 
 
 def learning_rate(config: PruneConfig, tune: str, gone: float = 0.0) -> float:
