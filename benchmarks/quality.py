@@ -202,6 +202,7 @@ class Lab:
         given = PruneConfig(**config)
         tokens = self.tokens_a_step(given.prompt)
         tune = config.get("tune", "full")
+        share = tuning.recovery_distill(given, tune)
         if cell.method == "l0":
             a_step = (6 + 2 * bool(tuning.distill(given, tune))) * self.parameters * tokens
             config["steps"] = max(20, int(PRUNING * BUDGETS[cell.budget] / a_step))
@@ -212,7 +213,6 @@ class Lab:
         if cell.recovery != "none" and doing != "recover":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
             learning = 6 * _learning(folder / "cut", given.tune)
-            share = tuning.recovery_distill(given, tune)
             teacher = 2 * self.parameters * bool(share)
             given = replace(given, recover_steps=int(left / ((learning + teacher) * tokens)))
             own = tuning.own_share(given, tune)
@@ -228,7 +228,7 @@ class Lab:
             **settings,
             "precision": self.given.precision,
             "own_texts": given.own_texts,
-            "distill": tuning.recovery_distill(given, tune),
+            "distill": share,
             "own_share": tuning.own_share(given, tune),
             "recover_steps": given.recover_steps,
         }

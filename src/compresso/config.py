@@ -17,8 +17,8 @@ import yaml
 from compresso.families import UNITS
 from compresso.widths import Widths, parse
 
-PRESETS = {"fast": (40, 260), "default": (150, 1050), "best": (750, 5250)}  # LOG.md, 2026-11-28
-"""Steps of pruning and of recovery; a quarter for gates is no worse than half (LOG.md, 2026-11-27)."""
+PRESETS = {"fast": (40, 260), "default": (150, 1050), "best": (750, 5250)}
+"""Steps of pruning and of recovery, an eighth of them for gates (LOG.md, 2026-11-28)."""
 STEPS = ("steps", "recover_steps")
 VOCABULARY = "vocab"  # a unit that no gate decides on
 SCORED = {
