@@ -1,10 +1,11 @@
-"""Write the tables of README.md and of pages in docs/ from committed results in benchmarks/results/.
+"""Write the tables and the picture of README.md and of pages in docs/ from committed results in benchmarks/results/.
 
 python benchmarks/readme_results.py                                         # the pages from the results
 python benchmarks/readme_results.py --run runs/demo --eval runs/demo/eval.json   # the results from a run first
 """
 
 import argparse
+import io
 import json
 import statistics
 from collections.abc import Callable
@@ -13,22 +14,24 @@ from typing import Any
 
 import quality
 import torch
+from PIL import Image, PngImagePlugin
 from transformers import AutoConfig
 
-from compresso import eval_table
+from compresso import charts, eval_table
 from compresso.compatibility import verdicts
 from compresso.extract import sized_config
 from compresso.streamed import shapes_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DEMO, EVALUATION = RESULTS / "demo.json", RESULTS / "evaluation.json"
+DEMO, EVALUATION, QUALITY = (RESULTS / f"{name}.json" for name in ("demo", "evaluation", "quality"))
 PAGES = {
     "README.md": ("demo", "evaluation", "quality", "prompt", "cost"),
     "docs/large-models.md": ("processes", "growth", "tricks"),
     "docs/deploy.md": ("compatibility", "runtimes"),
 }
 STAGES = ("dense", "cut", "recovered")
+PICTURE = "docs/quality.png"
 
 
 def demo_table(summary: dict[str, Any]) -> str:
@@ -188,6 +191,43 @@ METHOD_NAMES = {
 RECOVERIES = {"none": "", "lora": "LoRA, next-token loss", "ours": "ours", "before": "ours, of before"}
 
 
+def method_name(cell: dict[str, Any]) -> str:
+    name, _, allocation = cell["method"].partition(" ")
+    allocation = allocation or cell.get("settings", {}).get("allocation", "")
+    return f"{METHOD_NAMES.get(name, name)}{f', {allocation}' if allocation not in ('', 'auto') else ''}"
+
+
+def quality_marks(found: dict[str, Any]) -> list[charts.Mark]:
+    """Perplexities over the dense model's, of what was recovered with the `small` budget: ours with the default method,
+    rivals with LoRA. The interval is from the smallest to the largest of the seeds."""
+    cells = found["cells"]
+    dense = next(cell for cell in cells if cell["method"] == "dense")
+    shown: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda c: (c["sparsity"], c["method"] != "l0", c["wikitext2_ppl"])):
+        ours = cell["method"] == "l0" and cell["recovery"] == "ours" and quality.as_today(cell)
+        if cell["budget"] == "small" and (ours or cell["recovery"] == "lora"):
+            shown.setdefault((cell["sparsity"], method_name(cell)), []).append(cell)
+    marks = []
+    for (sparsity, name), group in shown.items():
+        for text, key in (("WikiText-2", "wikitext2_ppl"), ("C4", "c4_ppl")):
+            values = [cell[key] / dense[key] for cell in group]
+            row = f"{100 * sparsity:.0f} %, {text}"
+            with_lora = "" if group[0]["method"] == "l0" else " + LoRA"
+            marks.append(charts.Mark(row, name + with_lora, statistics.mean(values), min(values), max(values)))
+    return sorted(marks, key=lambda mark: (mark.row[:2], "C4" in mark.row))
+
+
+def draw_quality(found: dict[str, Any], file: Path) -> None:
+    """A picture of `quality_marks`, which lie in it as text too."""
+    marks = quality_marks(found)
+    models = {mark.model: False for mark in marks}
+    label = "perplexity, times the dense model's"
+    image = Image.open(io.BytesIO(charts.picture(lambda theme: charts.dots(theme, marks, models, label)).png))
+    figures = PngImagePlugin.PngInfo()
+    figures.add_text("Figures", json.dumps(marks))
+    image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True, pnginfo=figures)
+
+
 def quality_table(found: dict[str, Any]) -> str:
     """Methods at equal operations, from `benchmarks/quality.py`."""
     dense = next(cell for cell in found["cells"] if cell["method"] == "dense")
@@ -221,11 +261,9 @@ def quality_table(found: dict[str, Any]) -> str:
         return (key[0], key[1] == "none", statistics.mean(c["wikitext2_ppl"] for c in groups[key]))
 
     for key in sorted(groups, key=order):
-        sparsity, _, recovery, method = key
-        name, _, allocation = method.partition(" ")
-        allocation = allocation or groups[key][0].get("settings", {}).get("allocation", "")
-        title = f"{METHOD_NAMES.get(name, name)}{f', {allocation}' if allocation not in ('', 'auto') else ''}"
-        lines.append(row(f"{100 * sparsity:.0f} % | {title} | {RECOVERIES[recovery]}", groups[key]))
+        sparsity, _, recovery, _ = key
+        title = f"{100 * sparsity:.0f} % | {method_name(groups[key][0])} | {RECOVERIES[recovery]}"
+        lines.append(row(title, groups[key]))
     versions = found["versions"]
     text = (
         "Mean (smallest to largest); less ours: answers to the same documents less those of Compresso with as many "
@@ -369,6 +407,7 @@ def main() -> None:
         EVALUATION.write_text(json.dumps(without_scores(json.loads(given.eval.read_text())), indent=1) + "\n")
     for name in PAGES:
         (ROOT / name).write_text(filled(name))
+    draw_quality(json.loads(QUALITY.read_text()), ROOT / PICTURE)
 
 
 if __name__ == "__main__":

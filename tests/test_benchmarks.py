@@ -7,6 +7,7 @@ import paper_tables
 import pytest
 import quality
 import readme_results
+from PIL import Image
 
 import compresso
 from tiny import QUICK
@@ -17,6 +18,12 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("page", readme_results.PAGES)
 def test_the_tables_of_pages_are_those_of_the_committed_results(page):
     assert readme_results.filled(page) == (ROOT / page).read_text()
+
+
+def test_the_picture_is_of_the_committed_results():
+    figures = json.loads(Image.open(ROOT / readme_results.PICTURE).text["Figures"])
+    found = json.loads(readme_results.QUALITY.read_text())
+    assert figures == [list(mark) for mark in readme_results.quality_marks(found)]
 
 
 def evaluation(name, stage, prompt, value, trained="long", data="alpaca"):

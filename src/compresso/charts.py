@@ -363,7 +363,7 @@ def _perhaps_log(axes: Axes, which: str, values: Sequence[float]) -> None:
         return
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) > 10 * min(values) else (1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(lambda value, _: f"{value:.3g}" if value < 1000 else f"{value:,.0f}")
     axis.set_minor_formatter(NullFormatter())
 
