@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -144,6 +146,24 @@ def test_interrupted_it_goes_on(run, monkeypatch, two):
     monkeypatch.setattr(evaluation, "measure", lambda *args: calls.append(args[1].name) or real(*args))
     run("piqa,boolq,arc_easy")
     assert calls == ["boolq", "arc_easy", "piqa", "boolq", "arc_easy"]
+
+
+def test_two_commands_do_not_measure_into_one_file(run, two, local, tmp_path, capsys):
+    run("piqa")
+    kept = run.output.read_bytes()
+    holding = "import sys\nfrom pathlib import Path\nfrom compresso.one_at_a_time import alone_at\n"
+    holding += f"with alone_at(Path({str(run.output)!r})):\n    print(flush=True)\n    sys.stdin.read()\n"
+    with subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        words = ["evaluate", str(two[1]), "--suite", "boolq", "--limit", "2", "--data-dir", str(local)]
+        assert main([*words, "--output", str(run.output), "--no-cost"]) == 2
+        assert "another command is at work with" in capsys.readouterr().err
+        assert run.output.read_bytes() == kept
+        other.kill()  # the lock goes with the process
+    found = run("boolq")
+    assert {"piqa", "boolq"} <= set(found["results"][str(two[1])])
+    assert sorted(path.name for path in tmp_path.glob("*eval*")) == ["eval.json", "eval.md"]
+    assert not list(tmp_path.glob(".eval*"))
 
 
 def test_one_bad_file_loses_nothing_else(run, local, tmp_path, two):

@@ -24,6 +24,7 @@ from compresso.cost import fitting, measure_costs
 from compresso.environment import versions
 from compresso.families import PER_LAYER_PREFIX
 from compresso.measure import Subject, headline, measure, settings_of
+from compresso.one_at_a_time import alone_at
 from compresso.schemas import SUMMARY, parse
 from compresso.suites import SUITES
 from compresso.tasks import Wanted, check_names, plan_tasks, task_manager
@@ -52,10 +53,23 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, 
     device = _device(config.device)
     for name in names:
         checkpoint.find(checkpoint.of_run(name), any_family=True)
-    manager, wanted, left_out = _wanted(config)
+    tasks = _wanted(config)
     path = _output(names, config)
-    found = eval_file.read(path)
+    eval_file.read(path)
     eval_file.check_writable(path)
+    with alone_at(path):
+        return _evaluate(names, config, device, tasks, path)
+
+
+def _evaluate(
+    names: list[str],
+    config: EvaluateConfig,
+    device: torch.device,
+    tasks: tuple[TaskManager | None, list[Wanted], dict[str, str]],
+    path: Path,
+) -> dict[str, Any]:
+    manager, wanted, left_out = tasks
+    found = eval_file.read(path)
     measurable = {task.group or task.name for task in wanted}
     tried = {"cost", *measurable, *(task.name for task in wanted)}
     found["left_out"] = {k: v for k, v in found["left_out"].items() if k not in tried} | left_out
