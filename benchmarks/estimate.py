@@ -71,7 +71,7 @@ def measure(architecture: LlamaConfig) -> dict[str, int]:
     gates = Gates(model, shape)
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.randint(0, 1000, (CONFIG.batch_size, CONFIG.max_length))
-    batch = Batch(torch.randint(0, 1000, (PROMPT,)), ids, ids, ids.numel(), before_targets(ids))
+    batch = Batch(torch.randint(0, 1000, (PROMPT,)), ids, ids, (ids.shape[1],) * len(ids), before_targets(ids))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     memory = MemoryPeak(torch.device("cpu"))
     optimizer = torch.optim.AdamW(trained)

@@ -213,13 +213,13 @@ class Lab:
         if cell.recovery != "none" and doing != "recover":
             left = BUDGETS[cell.budget] - sum(summary["operations"].values())
             learning = 6 * _learning(folder / "cut", given.tune)
-            teacher = 2 * self.parameters * bool(share)
-            given = replace(given, recover_steps=int(left / ((learning + teacher) * tokens)))
+            dense = 2 * self.parameters
+            given = replace(given, recover_steps=int(left / ((learning + dense * bool(share)) * tokens)))
             own = tuning.own_share(given, tune)
             texts = own * BATCH * OWN_LENGTH  # tokens a step, each text twice, so that half of them are written
             tokens = (1 - own) * tokens + texts
-            written = self.parameters * texts  # half of them, two operations for each parameter
-            steps = max(1, int(left / ((learning + teacher) * tokens + written)))
+            of_dense = dense * ((tokens if share else texts) + texts / 2)  # predicted, and written
+            steps = max(1, int(left / (learning * tokens + of_dense)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
             summary = compresso.recover(str(folder), recover_steps=steps)
         given = replace(given, recover_steps=progress.read(folder).settings.get("recover_steps", 0))
@@ -230,6 +230,7 @@ class Lab:
             "own_texts": given.own_texts,
             "distill": share,
             "own_share": tuning.own_share(given, tune),
+            "own_aim": "predictions",
             "recover_steps": given.recover_steps,
         }
         figures |= self.tasks(str(folder), folder / "tasks.json")
@@ -246,8 +247,7 @@ def less_ours(cells: list[dict[str, Any]], all_cells: list[dict[str, Any]]) -> D
     """
     budget = cells[0]["budget"].replace("none", "small")
     of_ours = {"method": "l0", "recovery": "ours", "sparsity": cells[0]["sparsity"], "budget": budget}
-    ours = [c for c in all_cells if of_ours.items() <= c.items()]
-    ours = [c for c in ours if as_today(c)] or ours
+    ours = newest([c for c in all_cells if of_ours.items() <= c.items()])
     asked_ours, asked = ([c for c in side if "answers" in c] for side in (ours, cells))
     if not asked_ours or not asked or cells[0] in ours:
         return None
@@ -265,15 +265,22 @@ def _of_both(*sides: list[str]) -> list[list[float]]:
     return [[statistics.mean(int(answers[i]) for answers in side) for i in range(asked)] for side in sides]
 
 
+def newest(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of today's defaults if there are any, else all."""
+    return [c for c in cells if as_today(c)] or cells
+
+
 def as_today(entry: dict[str, Any]) -> bool:
     """Whether a cell of ours recovered on such shares of own texts and the dense model's predictions as are the default
-    for so many steps."""
+    for so many steps, the aim of own texts those predictions (earlier cells: the tokens that were drawn)."""
     if entry["recovery"] != "ours":
         return True
     settings = entry["settings"]
     given = PruneConfig(target_sparsity=entry["sparsity"], recover_steps=settings.get("recover_steps", 0))
-    shares = {"own_share": tuning.own_share(given, "full"), "distill": tuning.recovery_distill(given, "full")}
-    return bool({"own_share": 0.0, **settings}.items() >= shares.items())
+    wanted = {"own_share": tuning.own_share(given, "full"), "distill": tuning.recovery_distill(given, "full")}
+    if wanted["own_share"]:
+        wanted["own_aim"] = "predictions"
+    return bool({"own_share": 0.0, **settings}.items() >= wanted.items())
 
 
 def _learning(folder: Path, tune: str) -> int:

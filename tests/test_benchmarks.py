@@ -70,7 +70,7 @@ def test_the_papers_tables(tmp_path):
 def test_tasks_are_paired_with_ours_of_the_same_size_and_budget():
     def cell(method, seed, answers, sparsity=0.2, budget="small", distill=0.0):
         figures = {"method": method, "sparsity": sparsity, "budget": budget, "seed": seed}
-        figures |= {"settings": {"own_share": 0.125, "distill": distill}}
+        figures |= {"settings": {"own_share": 0.125, "distill": distill, "own_aim": "predictions"}}
         figures |= {"recovery": "none" if budget == "none" else "ours"}
         figures |= {"flops": 1e14, "instruction_loss": 2.0, "wikitext2_ppl": 40.0, "c4_ppl": 50.0}
         return figures | ({"answers": {"piqa": answers}, "suite": answers.count("1") / len(answers)} if answers else {})

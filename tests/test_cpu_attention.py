@@ -14,7 +14,7 @@ IDS = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
 def loss_and_gradients(model, implementation: str, prompt: int, again: bool = False):
     model.config._attn_implementation = implementation
     model.zero_grad()
-    batch = Batch(torch.arange(3, 3 + prompt), IDS, IDS, IDS.numel(), before_targets(IDS))
+    batch = Batch(torch.arange(3, 3 + prompt), IDS, IDS, (IDS.shape[1],) * len(IDS), before_targets(IDS))
     with recomputed(model, again):
         loss = target_loss(model, batch)
         loss.backward()

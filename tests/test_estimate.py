@@ -33,7 +33,7 @@ def counted(model, prompt, tune):
     shape = describe(wrapped)
     gates = Gates(wrapped, shape)
     ids = torch.arange(120).view(3, 40)
-    batch = Batch(torch.arange(prompt), ids, ids, 120, before_targets(ids))
+    batch = Batch(torch.arange(prompt), ids, ids, (ids.shape[1],) * len(ids), before_targets(ids))
     with _Live(wrapped) as live:
         gates.set({unit: torch.rand(sum(shape.sizes(unit)), requires_grad=True) * 1 for unit in CONFIG.gates})
         target_loss(wrapped, batch).backward()
@@ -71,6 +71,7 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     of_all = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", distill=0, own_share=0))
     taught = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", own_share=0))
     always = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", own_share=0, distill=0.5))
+    writes = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", own_share=0.5))
     found = estimate(PruneConfig(model=str(bare), steps=10, recover_steps=5, prompt="none", tune="lora"))
     assert of_all.learned == sum(p.numel() for p in tiny_model("llama", vocab_size=300).model.layers.parameters())
     assert of_all.training["optimizer"] == 2 * of_all.training["float32 copies"] == 8 * of_all.learned
@@ -80,6 +81,9 @@ def test_counts_and_messages(checkpoint, tmp_path, capsys):
     assert always.operations - always.calibration == pytest.approx(15 * 4 / 3 * by_step)
     assert "dense model" in always.recovering
     assert "dense model" not in taught.recovering
+    assert "dense model" in writes.recovering
+    by_token = by_step / 3 / (8 * 256)
+    assert writes.operations - taught.operations == pytest.approx((10 + 20) * 128 * by_token), "written, and predicted"
     model = tiny_model("llama", vocab_size=300)
     assert found.learned == sum(p.numel() for p in add_lora(model, CONFIG, 0).parameters() if p.requires_grad)
     assert found.steps == 15
@@ -124,7 +128,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps():
             saved[storage.data_ptr()] = weakref.ref(storage)
         return tensor
 
-    batch = Batch(torch.arange(30), ids, ids, 120, before_targets(ids))
+    batch = Batch(torch.arange(30), ids, ids, (ids.shape[1],) * len(ids), before_targets(ids))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Live(model) as live:
         loss = target_loss(model, batch)
         kept = [storage for there in saved.values() if (storage := there()) is not None]  # the logits' graph has gone
@@ -155,7 +159,7 @@ def test_a_method_that_trains_nothing_needs_what_its_look_at_records_takes(metho
     assert found.learned == 0
     model = compresso.load(checkpoint)[0].float()
     ids = torch.arange(120).view(3, 40)
-    batch = Batch(torch.arange(0), ids, ids, 120, before_targets(ids))
+    batch = Batch(torch.arange(0), ids, ids, (ids.shape[1],) * len(ids), before_targets(ids))
     with _Live(model) as live:
         if method == "taylor2":
             kept = weight_gradients(model, [*batch.rows()], scores._matrices(model), squares=True)

@@ -10,7 +10,7 @@ from torch.nn import functional
 import compresso
 from compresso import PruneConfig
 from compresso.adapters import add_lora, inside
-from compresso.batches import Encoder, batches
+from compresso.batches import IGNORE, Batch, Encoder, Example, batches, before_targets, collate
 from compresso.calibration import gate_gradients
 from compresso.config import PRESETS
 from compresso.lagrangian import initial_log_alpha
@@ -43,8 +43,8 @@ def test_gradients_of_gates_are_those_of_the_gates_that_prune(batch, model_type,
     gates = Gates(model, shape)
     for i in range(len(batch.ids)):
         one = batch.unshared()
-        row = type(one)(one.prefix, one.ids[i : i + 1], one.labels[i : i + 1], 0, one.places[:0])
-        row = type(one)(one.prefix, row.ids, row.labels, 0, (row.labels[0, 1:] >= 0).nonzero().squeeze(1))
+        ids, labels = one.ids[i : i + 1], one.labels[i : i + 1]
+        row = Batch(one.prefix, ids, labels, one.lengths[i : i + 1], before_targets(labels))
         z = {unit: torch.ones(sum(shape.sizes(unit)), requires_grad=True) for unit in first}
         gates.set(z)
         (target_loss(model, row) / (batch.targets / 3)).backward()
@@ -106,6 +106,38 @@ def test_the_loss_with_a_teacher_is_what_it_says(batch, monkeypatch, chunked):
     (by_hand,) = torch.autograd.grad(0.7 * expected + 0.3 * distance, weight)
     (found,) = torch.autograd.grad(minimised, weight)
     torch.testing.assert_close(found, by_hand, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("prefix", [0, 70])
+def test_of_texts_that_the_teacher_wrote_its_predictions_are_the_aim(weight, prefix):
+    """The drawn tokens are not; of other rows they are, as far as the teacher's weight leaves."""
+    torch.manual_seed(0)
+    student, other = (tiny_model("llama", seed=seed, max_position_embeddings=512) for seed in (0, 1))
+    start = torch.randint(3, 250, (prefix,)).tolist()
+    examples = []
+    for length, own in ((20, True), (31, False), (12, True), (17, False)):
+        ids = [*start, *torch.randint(3, 250, (length,)).tolist()]
+        before = 1 if own else 5
+        examples.append(Example(ids, [IGNORE] * (prefix + before) + ids[prefix + before :], own))
+    batch = collate(examples)
+    assert len(batch.prefix) == prefix
+    by_hand = torch.zeros(())
+    for example in examples:
+        logits = [
+            model(torch.tensor([example.ids])).logits[0, example.first_target - 1 : -1] for model in (student, other)
+        ]
+        said = functional.cross_entropy(logits[0], torch.tensor(example.ids[example.first_target :]), reduction="sum")
+        taught = functional.cross_entropy(logits[0], logits[1].softmax(-1), reduction="sum")
+        by_hand = by_hand + (taught if example.own else (1 - weight) * said + weight * taught)
+    teacher = Teacher(other, weight)
+    minimised, _ = mixed_loss(student, batch, teacher)
+    torch.testing.assert_close(minimised, by_hand, rtol=1e-4, atol=1e-4)
+    weights = student.model.layers[0].mlp.up_proj.weight
+    found, expected = (torch.autograd.grad(loss, weights)[0] for loss in (minimised, by_hand))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert teacher.taught(batch).computed == prefix + 20 + 12 + (31 + 17 if weight else 0), "what it costs"
+    torch.testing.assert_close(mixed_loss(student, batch.unshared(), teacher)[0], minimised, rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_in_training_teaches_what_the_dense_one_said(batch):

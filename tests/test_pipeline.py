@@ -27,6 +27,7 @@ from compresso.prepare import prepare
 from compresso.shape import count_prunable, describe
 from compresso.stopping import Stopped
 from compresso.streams import mixed
+from compresso.train import Teacher
 from tiny import QUICK, tiny_model
 
 
@@ -225,10 +226,19 @@ def test_a_recovery_learns_from_texts_of_the_dense_model_if_asked(finished, monk
         "compresso.workbench.batches",
         lambda records, encoder, prompt, parts=1: given.extend(records) or batches(records, encoder, prompt, parts),
     )
+    hidden, taught = Teacher.hidden, []
+
+    def predicts(teacher, batch):
+        taught.append(len(batch.ids))
+        return hidden(teacher, batch)
+
+    monkeypatch.setattr("compresso.train.Teacher.hidden", predicts)
     summary = compresso.recover(str(finished), recover_steps=30, own_share=0.4)
     own = (finished / "own.jsonl").read_text().splitlines()
     assert 20 <= len(own) <= math.ceil(30 * 4 * 0.4 / 2), "each of them about twice; some may be blank"
     texts = [json.loads(line)["text"] for line in own]
+    assert {record.text for record in given if record.own} == {record.text for record in given} & {*texts}
+    assert sum(taught) == sum(record.own for record in given) > 0, "it predicts nothing else"
     assert 0.25 < sum(record.text in texts for record in given if record.text) / (30 * 4) < 0.55
     dense = 2 * summary["parameters"]["before"] * 128 * len(own)
     assert summary["operations"]["own_texts"] == pytest.approx(dense, rel=1e-6)

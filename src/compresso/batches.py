@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Example:
 
     ids: list[int]
     labels: list[int]
+    own: bool = False
+    """Of a text that the dense model wrote."""
 
     @property
     def first_target(self) -> int:
@@ -42,16 +44,25 @@ class Batch:
     prefix: Tensor
     ids: Tensor
     labels: Tensor
-    tokens: int
-    """Real tokens, the prefix counted once per row."""
+    lengths: tuple[int, ...]
+    """Real tokens of each row, those of the prefix among them."""
     places: Tensor
     """(N,) positions in the flattened rows whose next token is a target: found before the rows go to a device, which
     would have to be waited for."""
+    own: int = 0
+    """Rows that the dense model wrote: the last ones."""
+    own_targets: int = 0
+    """Of `places`, those in such rows: the last ones."""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, the prefix counted once per row."""
+        return sum(self.lengths)
 
     @property
     def computed(self) -> int:
         """Real tokens that go through the model, the prefix counted once."""
-        return self.tokens - len(self.prefix) * (len(self.ids) - 1)
+        return self.tokens - len(self.prefix) * max(len(self.ids) - 1, 0)
 
     @property
     def targets(self) -> int:
@@ -61,17 +72,24 @@ class Batch:
         """The same rows with the prefix in front of each."""
         prefix = self.prefix.expand(len(self.ids), -1)
         labels = torch.cat([torch.full_like(prefix, IGNORE), self.labels], 1)
-        return Batch(self.prefix[:0], torch.cat([prefix, self.ids], 1), labels, self.tokens, before_targets(labels))
+        ids = torch.cat([prefix, self.ids], 1)
+        return replace(self, prefix=self.prefix[:0], ids=ids, labels=labels, places=before_targets(labels))
+
+    def own_rows(self) -> "Batch":
+        """The rows that the dense model wrote, by themselves."""
+        others = len(self.ids) - self.own
+        places = self.places[len(self.places) - self.own_targets :] - others * self.ids.shape[1]
+        ids, labels = self.ids[others:], self.labels[others:]
+        return replace(self, ids=ids, labels=labels, lengths=self.lengths[others:], places=places)
 
     def rows(self) -> Iterator["Batch"]:
         """The rows of an unshared batch, each by itself."""
         for ids, labels in zip(self.ids.split(1), self.labels.split(1), strict=True):
-            yield Batch(self.prefix, ids, labels, ids.numel(), before_targets(labels))
+            yield Batch(self.prefix, ids, labels, (ids.numel(),), before_targets(labels))
 
     def to(self, device: torch.device) -> "Batch":
-        there = (t.to(device) for t in (self.prefix, self.ids, self.labels, self.places))
-        prefix, ids, labels, places = there
-        return Batch(prefix, ids, labels, self.tokens, places)
+        prefix, ids, labels, places = (t.to(device) for t in (self.prefix, self.ids, self.labels, self.places))
+        return replace(self, prefix=prefix, ids=ids, labels=labels, places=places)
 
 
 def before_targets(labels: Tensor) -> Tensor:
@@ -117,7 +135,7 @@ class Encoder:
         head = len(self._tokens(prefix[: prefix.find(body) + len(body)], "")[0]) if body else 0
         limit = self.room(prompt) + head
         before, after = cut(before, after, limit if self.context is None else min(limit, self.context), head)
-        return Example(before + after, [IGNORE] * len(before) + after)
+        return Example(before + after, [IGNORE] * len(before) + after, record.own)
 
     def split_text(self, record: Record, prompt: CollaborativePrompt) -> tuple[str, str]:
         """The text before the response, and the response with what ends it.
@@ -232,8 +250,10 @@ def cut(before: list[int], after: list[int], limit: int, head: int) -> tuple[lis
 def collate(examples: list[Example], context: int | None = None) -> Batch:
     """Pad to the longest row with 0, which is never attended to; what all rows begin with becomes the prefix.
 
-    Rows come in few lengths (`rounded_length`), which no more than the model's `context` positions take.
+    Rows come in few lengths (`rounded_length`), which no more than the model's `context` positions take; those that the
+    dense model wrote come last.
     """
+    examples = sorted(examples, key=lambda e: e.own)
     rows = list(zip(*(e.ids[: max(e.first_target - 1, 0)] for e in examples), strict=False))
     shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, rows))
     if len(examples) < 2 or shared < SHARED_PREFIX_FROM:
@@ -246,7 +266,10 @@ def collate(examples: list[Example], context: int | None = None) -> Batch:
         ids[i, : len(e.ids) - shared] = torch.tensor(e.ids[shared:])
         labels[i, : len(e.ids) - shared] = torch.tensor(e.labels[shared:])
     prefix = torch.tensor(examples[0].ids[:shared], dtype=torch.long)
-    return Batch(prefix, ids, labels, sum(len(e.ids) for e in examples), before_targets(labels))
+    own = sum(e.own for e in examples)
+    own_targets = int((labels[len(examples) - own :, 1:] != IGNORE).sum())
+    lengths = tuple(len(e.ids) for e in examples)
+    return Batch(prefix, ids, labels, lengths, before_targets(labels), own, own_targets)
 
 
 def batches(records: list[Record], encoder: Encoder, prompt: CollaborativePrompt, parts: int = 1) -> list[Batch]:

@@ -127,10 +127,11 @@ class PruneConfig:
     """Parts that a batch is split into to save memory."""
     distill: float | None = None
     """Share of the distance to the dense model's predictions in the loss, in [0, 1]; by default 0.5 where all weights
-    learn, which takes the memory of the dense model, and 0 with LoRA and in recovery if less than 40 % goes."""
+    learn, which takes the memory of the dense model, and 0 with LoRA and in recovery if less than 40 % goes. Of texts
+    that the dense model wrote it is all."""
     own_share: float | None = None
-    """Share of recovery's records that are texts which the dense model writes first, in [0, 1): they keep what the
-    records do not ask for, at some cost for these. By default an eighth where all weights learn, a quarter if 40 % or
+    """Share of recovery's records that are texts which the dense model writes first, in [0, 1), and whose aim is what
+    it predicts there: they keep what the records do not ask for, at some cost for these. By default an eighth where all weights learn, a quarter if 40 % or
     more goes and recovery has 1,000 steps or more, none with LoRA. Split and 4-bit weights write none."""
     tune: Literal["auto", "lora", "full"] = "auto"
     """What learns in pruning and recovery: LoRA adapters, or all weights of the decoder layers, which is better and

@@ -104,13 +104,15 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
     passes += gated_steps * bool(taught) + config.recover_steps * bool(taught_again)
     used = 2.0 * (parameters - idle(whole))
     recovery_records = config.recover_steps * config.batch_size * processes
-    written = OWN_LENGTH * texts_for(recovery_records, tuning.own_share(config, tune))
+    own = tuning.own_share(config, tune)
+    of_own = OWN_LENGTH * texts_for(recovery_records, own)  # tokens that the dense model writes
+    of_own += 0 if taught_again else round(OWN_LENGTH * recovery_records * own)  # and predicts, when it is their turn
     calibration = used * processes * calibration_tokens(config, prompt_tokens)
     recovering = {}
     if config.recover_steps:
         smaller = training_memory(_narrower(architecture, shape, config), dtype, config, prompt_tokens, cpu)
         smaller.pop("parameters that learn")
-        recovering = {**_two_models(bool(taught_again), kept, dtype), **smaller}
+        recovering = {**_two_models(bool(taught_again or own), kept, dtype), **smaller}
         if cpu:
             recovering["gaps between blocks"] = gaps(smaller)
     return Estimate(
@@ -125,7 +127,7 @@ def estimate(config: PruneConfig, processes: int = 1, cpu: bool = False) -> Esti
         steps,
         steps * tokens_a_step,
         calibration,
-        calibration + used * (passes * tokens_a_step + written),
+        calibration + used * (passes * tokens_a_step + of_own),
     )
 
 

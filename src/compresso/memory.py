@@ -131,7 +131,7 @@ def _batch(config: PruneConfig, prompt: int) -> Batch:
     shared = shares_prompt(config, prompt)
     ids = torch.zeros(rows_together(config), config.max_length + (0 if shared else prompt), dtype=torch.long)
     prefix = torch.zeros(prompt if shared else 0, dtype=torch.long)
-    return Batch(prefix, ids, ids, ids.numel(), before_targets(ids))
+    return Batch(prefix, ids, ids, (ids.shape[1],) * len(ids), before_targets(ids))
 
 
 def _without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -33,6 +33,8 @@ class Record:
     instruction: str = ""
     input: str = ""
     text: str = ""
+    own: bool = False
+    """Written by the dense model for recovery, which learns from it what else it would have written there."""
 
     @property
     def response(self) -> str:

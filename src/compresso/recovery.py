@@ -30,7 +30,7 @@ def recover_smaller(bench: Workbench, model: PreTrainedModel, plan: Plan, summar
     share = tuning.recovery_distill(config, bench.tune)
     dense = _dense(bench) if share or tuning.own_share(config, bench.tune) else None
     own = _own_texts(bench, dense, summary)
-    teacher = Teacher(dense, share) if dense and share else None
+    teacher = Teacher(dense, share) if dense and (share or own) else None
     del dense
     found = bench.newest("recover")
     with few_widths(model, wanted=bench.began_on(found) == "cpu" and bench.tune == "full"):

@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def write_records(
 
 def kept_texts(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, path: Path) -> list[Record]:
     """Plain texts of OWN_LENGTH tokens that the model samples, `count` of them without empty ones, from the file where
-    they are kept; those that are missing there are written."""
+    they are kept; those that are missing there are written. They are marked as its own."""
     source = read_file(path) if path.exists() else Source(str(path))
     there = len(source.records) + len(source.skipped)
     if there < count:
@@ -57,7 +58,8 @@ def kept_texts(model: PreTrainedModel, encoder: Encoder, count: int, seed: int, 
         before = path.read_bytes() if there else b""
         whole_files.write(path, before + "".join(f"{line}\n" for line in lines).encode())
         source = read_file(path)
-    return [record for record, (number, _) in zip(source.records, source.places, strict=True) if number <= count]
+    places = zip(source.records, source.places, strict=True)
+    return [replace(record, own=True) for record, (number, _) in places if number <= count]
 
 
 def texts_for(records: int, share: float) -> int:

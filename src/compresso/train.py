@@ -57,8 +57,12 @@ class Teacher:
 
     model: PreTrainedModel
     weight: float
-    """Share of the distance to the teacher in the loss, in [0, 1]."""
+    """Share of the distance to the teacher in the loss, in [0, 1]; of texts that it wrote the distance is all."""
     silent: Callable[[], AbstractContextManager] = nullcontext
+
+    def taught(self, batch: Batch) -> Batch:
+        """The rows of which it predicts the targets."""
+        return batch if self.weight else batch.own_rows()
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
@@ -106,22 +110,45 @@ def mixed_loss(model: PreTrainedModel, batch: Batch, teacher: Teacher | None) ->
 
     With a teacher the first is (1 - weight) times the next-token loss plus weight times the cross entropy with the
     teacher's distribution (Hinton et al. 2015, arXiv 1503.02531): its gradient is that of the Kullback-Leibler
-    divergence, and one softmax serves both. Logits are computed only where there is a label, in chunks.
+    divergence, and one softmax serves both. Of rows that the teacher wrote the weight is 1: that is what the tokens
+    which it drew say on average, without their noise. Logits are computed only where there is a label, in chunks.
     """
-    aims = [batch.labels.flatten().index_select(0, batch.places + 1)]
-    if teacher is not None:
-        aims.append(teacher.hidden(batch))
+    labels = batch.labels.flatten().index_select(0, batch.places + 1)
+    own = batch.own_targets if teacher else 0
+    of_teacher = teacher.hidden(teacher.taught(batch)) if teacher and (teacher.weight or own) else None
     hidden = hidden_before_targets(model, batch)
+    if teacher is None or of_teacher is None:
+        return _sums(model, hidden, labels)
+    parts = []
+    if others := len(labels) - own:
+        aims = (teacher, teacher.weight, of_teacher[:others]) if teacher.weight else ()
+        parts.append(_sums(model, hidden[:others], labels[:others], *aims))
+    if own:
+        parts.append(_sums(model, hidden[others:], labels[others:], teacher, 1.0, of_teacher[-own:]))
+    mixed, loss = zip(*parts, strict=True)
+    return sum(mixed[1:], mixed[0]), sum(loss[1:], loss[0])
+
+
+def _sums(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    labels: Tensor,
+    teacher: Teacher | None = None,
+    weight: float = 0.0,
+    of_teacher: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`mixed_loss` of targets (N,) with the same weight, from what both models' heads get: (N, hidden) each."""
 
     def loss_of(part: Tensor, label: Tensor, of_teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_p = functional.log_softmax(logits_of(model, part), -1)
         loss = functional.nll_loss(log_p, label, reduction="sum")
         if teacher is None or of_teacher is None:
             return loss, loss.detach()
-        aim = functional.softmax(teacher.logits(of_teacher), -1).mul_(teacher.weight)
-        aim.scatter_add_(-1, label[:, None], torch.full_like(aim[:, :1], 1 - teacher.weight))
+        aim = functional.softmax(teacher.logits(of_teacher), -1).mul_(weight)
+        aim.scatter_add_(-1, label[:, None], torch.full_like(aim[:, :1], 1 - weight))
         return -torch.dot(aim.flatten(), log_p.flatten()), loss.detach()
 
+    aims = [labels] if of_teacher is None else [labels, of_teacher]
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _SumWithGradient.apply(hidden, aims, loss_of, chunk)
@@ -213,12 +240,13 @@ def fit(
         if pruning and gating:
             pruning.gates.set(pruning.masks.sample(training.noise))
         with products(model, accelerator.device.type == "cpu"), recomputed(model, recompute):
-            total, tokens, computed = _backward(accelerator, model, next_batches(training.sparsity), gating, teacher)
+            parts = next_batches(training.sparsity)
+            total, tokens, computed, taught = _backward(accelerator, model, parts, gating, teacher)
         trainable = training.trainable()
         _sum_gradients(accelerator, [*trainable, *(pruning.masks.parameters() if pruning and gating else ())])
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip))
         _check(training, total, norm)
-        spent = operations(model, computed, 3) + (operations(teacher.model, computed, 1) if teacher else 0)
+        spent = operations(model, computed, 3) + (operations(teacher.model, taught, 1) if teacher else 0)
         row: dict[str, Any] = {"step": step + 1, "phase": phase, "loss": total}
         with uninterrupted():
             row |= _apply(training, step, rate, gating, slowed(step))
@@ -276,12 +304,13 @@ def _dropout_seed(seed: int, step: int, process: int) -> int:
 
 def _backward(
     accelerator: Accelerator, model: PreTrainedModel, parts: list[Batch], gating: bool, teacher: Teacher | None
-) -> tuple[float, int, int]:
-    """Gradients of this process's share of a step; of the global batch the next-token loss, the tokens, and those of
-    them that go through the model."""
+) -> tuple[float, int, int, int]:
+    """Gradients of this process's share of a step; of the global batch the next-token loss, the tokens, those of
+    them that go through the model, and those that go through the teacher."""
     counts = [sum(getattr(part, what) for part in parts) for what in ("targets", "tokens", "computed")]
+    counts.append(sum(teacher.taught(part).computed for part in parts) if teacher else 0)
     sharing = [int(len(part.prefix) > 0) for part in parts]
-    targets, tokens, computed, *sharing = _summed(
+    targets, tokens, computed, taught, *sharing = _summed(
         accelerator, torch.tensor([*counts, *sharing], dtype=torch.float64)
     ).tolist()
     # all processes run the model equally often, or those that hold a part of it would wait for ever
@@ -292,7 +321,7 @@ def _backward(
         # the gates are a graph of their own, shared by the parts of the batch
         (minimised / max(targets, 1)).backward(retain_graph=gating and i + 1 < len(parts))
         parts_loss += float(loss) / max(targets, 1)
-    return float(_summed(accelerator, parts_loss)), int(tokens), int(computed)
+    return float(_summed(accelerator, parts_loss)), int(tokens), int(computed), int(taught)
 
 
 def _summed(accelerator: Accelerator, values: Tensor) -> Tensor:

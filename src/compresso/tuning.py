@@ -53,7 +53,7 @@ def distill(config: PruneConfig, tune: str) -> float:
 
 def recovery_distill(config: PruneConfig, tune: str) -> float:
     """The same in recovery. Before much is gone a step without the dense model's pass is cheaper and lowers the loss
-    more; a few of its own texts keep what else the model knew."""
+    more; a few of its own texts, the aim of which are its predictions, keep what else the model knew."""
     if config.distill is None and config.target_sparsity < MUCH:
         return 0.0
     return distill(config, tune)
