@@ -131,8 +131,9 @@ class PruneConfig:
     that the dense model wrote it is all."""
     own_share: float | None = None
     """Share of recovery's records that are texts which the dense model writes first, in [0, 1), and whose aim is what
-    it predicts there: they keep what the records do not ask for, at some cost for these. By default an eighth where all weights learn, a quarter if 40 % or
-    more goes and recovery has 1,000 steps or more, none with LoRA. Split and 4-bit weights write none."""
+    it predicts there: they keep what the records do not ask for, at some cost for these. By default an eighth where all
+    weights learn, a quarter if 40 % or more goes and recovery has 1,000 steps or more, none with LoRA. Split and 4-bit
+    weights write none."""
     tune: Literal["auto", "lora", "full"] = "auto"
     """What learns in pruning and recovery: LoRA adapters, or all weights of the decoder layers, which is better and
     takes 14 bytes of memory for each. auto: all weights of models up to 1 B parameters, LoRA for larger ones."""
