@@ -216,7 +216,7 @@ def quality_marks(found: dict[str, Any]) -> list[charts.Mark]:
             row = f"{100 * sparsity:.0f} %, {text}"
             with_lora = "" if group[0]["method"] == "l0" else " + LoRA"
             marks.append(charts.Mark(row, name + with_lora, statistics.mean(values), min(values), max(values)))
-    return sorted(marks, key=lambda mark: (mark.row[:2], "C4" in mark.row))
+    return marks
 
 
 def draw_quality(found: dict[str, Any], file: Path) -> None:
@@ -271,7 +271,7 @@ def quality_table(found: dict[str, Any]) -> str:
         "Mean (smallest to largest); less ours: answers to the same documents less those of Compresso with as many "
         "operations (3e14 for plans without recovery), the mean of the seeds that were asked, 95 % interval of "
         "documents; of before: with other shares of own texts or of the dense model's predictions than are the default "
-        "now; "
+        "now, or with the tokens that were drawn as the aim of own texts; "
         f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
     return "\n".join([*lines, "", text])

@@ -138,6 +138,9 @@ def test_of_texts_that_the_teacher_wrote_its_predictions_are_the_aim(weight, pre
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert teacher.taught(batch).computed == prefix + 20 + 12 + (31 + 17 if weight else 0), "what it costs"
     torch.testing.assert_close(mixed_loss(student, batch.unshared(), teacher)[0], minimised, rtol=1e-4, atol=1e-4)
+    alone, nothing = (mixed_loss(student, collate(part), teacher)[0] for part in (examples[::2], [Example([7], [7])]))
+    torch.testing.assert_close(alone, mixed_loss(student, batch.own_rows(), teacher)[0], rtol=1e-4, atol=1e-4)
+    assert nothing.item() == 0, "a record of one token has no target"
 
 
 def test_the_model_in_training_teaches_what_the_dense_one_said(batch):

@@ -55,7 +55,6 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig | None = None, 
         checkpoint.find(checkpoint.of_run(name), any_family=True)
     tasks = _wanted(config)
     path = _output(names, config)
-    eval_file.read(path)
     eval_file.check_writable(path)
     with alone_at(path):
         return _evaluate(names, config, device, tasks, path)

@@ -66,7 +66,7 @@ def _lock(file: IO[bytes], where: str) -> None:
     except BlockingIOError:
         raise ValueError(
             f"another command is at work {where}, and two would spoil each other's files; wait until it has ended, or "
-            f"end it (Ctrl-C, or kill: what it has done is kept), or choose another --output"
+            "end it (Ctrl-C, or kill: what it has done is kept), or choose another --output"
         ) from None
     except OSError:
         pass

@@ -119,14 +119,13 @@ def mixed_loss(model: PreTrainedModel, batch: Batch, teacher: Teacher | None) ->
     hidden = hidden_before_targets(model, batch)
     if teacher is None or of_teacher is None:
         return _sums(model, hidden, labels)
-    parts = []
-    if others := len(labels) - own:
-        aims = (teacher, teacher.weight, of_teacher[:others]) if teacher.weight else ()
-        parts.append(_sums(model, hidden[:others], labels[:others], *aims))
-    if own:
-        parts.append(_sums(model, hidden[others:], labels[others:], teacher, 1.0, of_teacher[-own:]))
-    mixed, loss = zip(*parts, strict=True)
-    return sum(mixed[1:], mixed[0]), sum(loss[1:], loss[0])
+    others = len(labels) - own
+    aims = (teacher, teacher.weight, of_teacher[:others]) if teacher.weight else ()
+    mixed, loss = _sums(model, hidden[:others], labels[:others], *aims)
+    if not own:
+        return mixed, loss
+    own_mixed, own_loss = _sums(model, hidden[others:], labels[others:], teacher, 1.0, of_teacher[-own:])
+    return mixed + own_mixed, loss + own_loss
 
 
 def _sums(
