@@ -5,19 +5,24 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 EXTRAS := eval gguf onnx 4bit
 FORGIVEN := -W ignore::DeprecationWarning -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
+PIP := -m pip install --quiet --no-compile
 CORE := extract gguf quantised export paired records hub doctor mistakes
+
+# Chromium is brought while the rest is installed
+MAKEFLAGS += --jobs=2
 
 .PHONY: setup test test-oldest test-faults fuzz lint browser demo dependencies clean
 
 setup: $(VENV)/installed
 
+# modules are compiled when they are first imported, which of all that is installed few are;
 # torch first, in the release that the tests ran with; `make setup TORCH=...` takes another build
 # an older transformers than we take stands aside, for a test that results load there
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $(VENV)/oldest 'transformers==5.16.0'
+	$(BIN)/python $(PIP) $(TORCH)
+	$(BIN)/python $(PIP) -e '.[dev]'
+	$(BIN)/python $(PIP) --no-warn-conflicts --target $(VENV)/oldest 'transformers==5.16.0'
 	touch $@
 
 lint: setup
@@ -45,8 +50,8 @@ fuzz: setup
 $(OLDEST)/installed: pyproject.toml tools/oldest.py
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python tools/oldest.py $(EXTRAS) > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
-	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[eval,gguf,onnx,4bit]' pytest
+	$(OLDEST)/bin/python $(PIP) $(TORCH)
+	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt -e '.[eval,gguf,onnx,4bit]' pytest
 	touch $@
 
 test-oldest: $(OLDEST)/installed
