@@ -15,7 +15,7 @@ HEAD = """\
 
 What Compresso depends on directly, with the licence that each package states of itself in the release that is named.
 Written by `make dependencies` from the metadata of the installed packages; what these depend on in turn is not listed.
-`make test-oldest` runs a part of the tests with the oldest release of each, torch aside.
+`make test-oldest` runs a part of the tests with the oldest release of each but torch and those for development.
 
 | package | for | needed | looked at | licence |
 |---|---|---|---|---|"""

@@ -113,8 +113,9 @@ Examine this machine and, if it is named, a run folder: what is good, what is wr
   compresso doctor
   compresso doctor runs/demo
 
-Of the machine: packages, devices, memory, disks, speed, the hub. Of a run: every file, read; what can be
-continued, and the command that does it. The exit code is 1 if something is wrong. No network is needed."""
+Of the machine: packages, devices, memory, disks, speed, the hub. Of a run: settings, plan, figures, models and the
+headers of their weights; what can be continued, and the command that does it. The exit code is 1 if something is
+wrong. No network is needed."""
 
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Runs = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
@@ -184,9 +185,10 @@ def _recover(args: list[str]) -> None:
             run: Run folder of `compresso prune`.
             further: Go on from the last recovery instead of repeating it.
             recover_steps: Optimizer steps; as in the run unless given.
-            learning_rate: Peak learning rate; as in the run unless given.
+            learning_rate: Peak learning rate; as the run was asked for unless given, or the default for so many steps.
             distill: Share of the distance to the dense model's predictions in the loss; as in the run unless given.
-            own_share: Share of the records that are texts of the dense model; as in the run unless given.
+            own_share: Share of the records that are texts of the dense model; as the run was asked for unless given, or
+                the default for so many steps.
             batch_size: Records per step; as in the run unless given.
             data: Records, as for prune; as in the run unless given.
             seed: Seed of data order and LoRA; as in the run unless given.
