@@ -57,6 +57,7 @@ OURS: dict[str, Any] = {"prompt": "none"}
 """Where ours is not the default: a prompt takes a fifth of the tokens, and its worth is measured by itself."""
 SUITE = "piqa,arc_easy,hellaswag,storycloze_2016"
 WINDOWS = 48
+TOLD = "recovery.json"  # in a run folder: what its recovery was to learn from, as the defaults were
 BEST_RIVALS = 3
 ALLOCATIONS = {
     **dict.fromkeys(("random", "shortgpt"), ("auto",)),
@@ -104,10 +105,12 @@ class Lab:
     def _split(self, data: str) -> tuple[Path, list]:
         lines = Path(data).read_text().splitlines()
         stride = max(10, len(lines) // 128)
-        train = self.work / "train.jsonl"
-        train.write_text("\n".join(line for i, line in enumerate(lines) if i % stride) + "\n")
-        held_out = self.work / "held-out.jsonl"
-        held_out.write_text("\n".join(lines[::stride][:128]) + "\n")
+        parts = {"train": [line for i, line in enumerate(lines) if i % stride], "held-out": lines[::stride][:128]}
+        train, held_out = (self.work / f"{name}.jsonl" for name in parts)
+        for path, part in zip((train, held_out), parts.values(), strict=True):
+            content = "".join(f"{line}\n" for line in part).encode()
+            if not path.exists() or path.read_bytes() != content:  # another process may be reading it
+                whole_files.write(path, content)
         return train, read_sources(str(held_out))[0].records
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
@@ -209,9 +212,14 @@ class Lab:
         print(f"{cell.key}: {BUDGETS.get(cell.budget, 0):.1e} operations", flush=True)
         config |= {"method": cell.method.split()[0], "recover_steps": 0}
         doing = _doing(folder, config)
-        summary = compresso.resume(str(folder)) if doing else compresso.prune(**config)
+        told = _told(folder)
+        if doing == "recover" and not as_today({**cell.key, "settings": told}):
+            doing = "prune"  # what was recovered before is not what is wanted; its cut model is
+            summary = json.loads((folder / "summary.json").read_text())
+        else:
+            summary = compresso.resume(str(folder)) if doing else compresso.prune(**config)
         if cell.recovery != "none" and doing != "recover":
-            left = BUDGETS[cell.budget] - sum(summary["operations"].values())
+            left = BUDGETS[cell.budget] - sum(summary["operations"].get(stage, 0) for stage in ("calibration", "prune"))
             learning = 6 * _learning(folder / "cut", given.tune)
             dense = 2 * self.parameters
             given = replace(given, recover_steps=int(left / ((learning + dense * bool(share)) * tokens)))
@@ -221,17 +229,15 @@ class Lab:
             of_dense = dense * ((tokens if share else texts) + texts / 2)  # predicted, and written
             steps = max(1, int(left / (learning * tokens + of_dense)))
             print(f"{cell.key}: {steps} steps of recovery", flush=True)
+            told = {"distill": share, "own_share": own, "own_aim": "predictions", "recover_steps": steps}
+            whole_files.write(folder / TOLD, json.dumps(told).encode())
             summary = compresso.recover(str(folder), recover_steps=steps)
-        given = replace(given, recover_steps=progress.read(folder).settings.get("recover_steps", 0))
         figures = self.measure_folder(folder / "model", summary)
         settings = {
             **settings,
             "precision": self.given.precision,
             "own_texts": given.own_texts,
-            "distill": share,
-            "own_share": tuning.own_share(given, tune),
-            "own_aim": "predictions",
-            "recover_steps": given.recover_steps,
+            **told,
         }
         figures |= self.tasks(str(folder), folder / "tasks.json")
         self.keep(cell, {"settings": settings, "prunable_sparsity": summary["sparsity"], **figures}, summary)
@@ -281,6 +287,11 @@ def as_today(entry: dict[str, Any]) -> bool:
     if wanted["own_share"]:
         wanted["own_aim"] = "predictions"
     return bool({"own_share": 0.0, **settings}.items() >= wanted.items())
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    path = folder / TOLD
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _learning(folder: Path, tune: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import paper_tables
 import pytest
@@ -106,3 +107,35 @@ def test_a_cell_that_was_begun_goes_on(checkpoint, data, tmp_path):
     assert quality._doing(folder, {**config, "seed": 5}) is None, "of other settings"
     compresso.recover(str(folder), recover_steps=1)
     assert quality._doing(folder, config) == "recover"
+
+
+def test_a_recovery_of_other_defaults_is_not_taken_for_one_of_todays(checkpoint, data, tmp_path, monkeypatch):
+    """Its cut model is used again, and what it was is not told as what is the default now."""
+    recovered, kept = [], []
+    lab = object.__new__(quality.Lab)
+    lab.work, lab.train, lab.parameters, lab.given = tmp_path, data, 10**5, SimpleNamespace(precision="fp32")
+    lab.tokens_a_step = lambda _: 100.0
+    lab.measure_folder = lambda *_: {}
+    lab.tasks = lambda *_: {}
+    lab.keep = lambda cell, figures, summary: kept.append(figures["settings"])
+    common = {name: value for name, value in QUICK.items() if name not in ("own_share", "distill")}
+    monkeypatch.setattr(quality, "COMMON", common)
+    monkeypatch.setitem(quality.BUDGETS, "tiny", 2e9)
+    recover = compresso.recover
+
+    def once(folder, recover_steps):
+        recovered.append(recover_steps)
+        return recover(folder, recover_steps=1)
+
+    monkeypatch.setattr(compresso, "recover", once)
+    cell = quality.Cell("wanda", 0.3, "ours", "tiny", 0)
+    model = {"model": str(checkpoint)}
+    lab.run(cell, model)
+    lab.run(cell, model)
+    assert len(recovered) == 1, "done"
+    told = tmp_path / "wanda-0.3-ours-tiny-0" / quality.TOLD
+    told.write_text(json.dumps({**json.loads(told.read_text()), "own_aim": "drawn"}))
+    lab.run(cell, model)
+    assert len(recovered) == 2
+    assert recovered[0] == recovered[1], "as many operations"
+    assert [each["own_aim"] for each in kept] == ["predictions"] * 3

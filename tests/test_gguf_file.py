@@ -57,6 +57,14 @@ def compare(model, runtime, ids):
         torch.testing.assert_close(actual, expected[i - 1], rtol=0, atol=exact)
 
 
+def test_norms_of_half_precision_get_their_one_in_float32(tokenizer, tmp_path):
+    model = smaller("gemma3_text", EQUAL).bfloat16()
+    model.model.norm.weight.data.fill_(0.0123)
+    gguf_file.write(model, tokenizer, tmp_path / "model.gguf", "bf16", "tiny")
+    (norm,) = (t for t in GGUFReader(tmp_path / "model.gguf").tensors if t.name == "output_norm.weight")
+    assert norm.data == pytest.approx(1 + float(torch.tensor(0.0123).bfloat16()), abs=1e-6)
+
+
 @pytest.mark.parametrize(("model_type", "settings"), [v for v in VARIANTS if FAMILIES[v[0]].gguf])
 @pytest.mark.parametrize("widths", [EQUAL, UNEQUAL, NO_ATTENTION, NO_FFN])
 def test_llama_cpp_predicts_what_transformers_does(model_type, settings, widths, tokenizer, token_ids, tmp_path):

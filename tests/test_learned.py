@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from compresso.masks import Gates, Masks, gated
 from compresso.prompts import find_prompt
 from compresso.records import parse
 from compresso.shape import describe
-from compresso.train import Teacher, mixed_loss, operations, target_loss
+from compresso.train import Teacher, _summed, mixed_loss, operations, target_loss
 from tiny import QUICK, tiny_model
 
 RECORDS = [parse({"instruction": "say " * n, "output": "dog " * (8 - n)}) for n in (1, 4, 6)]
@@ -230,3 +231,12 @@ def test_where_all_weights_learn_the_dense_model_teaches_by_default(checkpoint, 
     compresso.recover(str(tmp_path / "full alone"), recover_steps=1, distill=0.5)
     row = json.loads((tmp_path / "full alone" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["operations"] > 1.3 * last["full alone"]
+
+
+def test_memory_that_runs_out_in_a_sum_is_no_lost_process():
+    def reduce(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=reduce)
+    with pytest.raises(torch.OutOfMemoryError):
+        _summed(two, torch.zeros(1))

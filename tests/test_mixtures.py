@@ -1,7 +1,9 @@
 """Mixtures of experts: what is cut computes what the gates did, and what a router does without an expert."""
 
+import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from compresso.plan import largest_sparsity, select
 from compresso.prepare import with_units
 from compresso.shape import LayerShape, ModelShape, count_prunable, prunable_parameters
 from compresso.streamed import extract_files
+from compresso.verified import save_checked
 from compresso.widths import Widths
 from test_extract import gates_of, logits
 from test_streamed import saved, stored
@@ -80,6 +83,20 @@ def test_sorted_channels_compute_the_same_in_order_of_their_norm(model_type, tok
     again = {name: value.clone() for name, value in model.state_dict().items()}
     sort_channels(model)
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_every_process_goes_on_from_what_one_of_them_saves(tmp_path):
+    """In the numbers that the checkpoint holds, channels in their order."""
+    model = tiny_model(MIXTURES[0])
+    expected = sort_channels(copy.deepcopy(model).bfloat16()).float().state_dict()
+    others = SimpleNamespace(
+        writes=False,
+        facts={"stored_dtype": torch.bfloat16},
+        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+    )
+    save_checked(others, model, tmp_path / "model", {})
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not any(tmp_path.iterdir())
 
 
 @mixtures

@@ -199,7 +199,7 @@ def test_a_recovery_on_other_data_is_measured_on_the_runs_own_held_out_records(f
     before = json.loads((finished / "summary.json").read_text())
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"instruction": "say", "output": "a lazy dog"}))
-    summary = compresso.recover(str(finished), data=str(other), seed=5, recover_steps=1, learning_rate=1e-12)
+    summary = compresso.recover(str(finished), data=other, seed=5, recover_steps=1, learning_rate=1e-12)
     assert summary["loss"]["recovered"] == pytest.approx(summary["loss"]["cut"], rel=1e-4)
     assert summary["loss"]["cut"] == before["loss"]["cut"]
 
@@ -260,6 +260,8 @@ def test_a_longer_recovery_writes_the_texts_that_it_lacks(finished, tmp_path):
         written.append(summary["operations"]["own_texts"])
     assert [len(each) for each in lines] == [4, 12, 12]
     assert lines[1] == lines[2]
+    further = compresso.recover(str(run), recover_steps=1, further=True, own_share=0.0)
+    assert further["operations"]["own_texts"] == written[-1], "of the recovery that this one goes on from"
     assert lines[1][:4] == lines[0]
     assert len({*lines[1]}) == 12
     assert written[0] == written[2] == pytest.approx(written[1] / 3)
@@ -301,6 +303,23 @@ def test_a_recovery_that_goes_further_needs_no_cut_model(finished, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no cut"):
         compresso.recover(str(run), recover_steps=1)
     assert compresso.recover(str(run), further=True, recover_steps=1)["loss"]["recovered"] > 0
+
+
+def test_a_recovery_counts_no_row_of_the_one_that_it_repeats(finished, tmp_path):
+    """Not where the last row was torn either."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "rec')
+    compresso.recover(str(run), recover_steps=2)
+    assert [row["step"] for row in rows(run, "recover")] == [1, 2]
+
+
+def test_what_is_left_of_a_model_writes_no_records(finished):
+    before = (finished / "progress.json").read_bytes()
+    with pytest.raises(ValueError, match=r"has no self.jsonl.*--own-share"):
+        compresso.recover(str(finished), data="self", recover_steps=1)
+    assert (finished / "progress.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("setting", [{"max_length": 16}, {"output": "elsewhere"}, {"recover_stepps": 1}])

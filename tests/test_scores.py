@@ -308,6 +308,20 @@ def test_uniform_with_one_kind_alone():
         assert plan.sparsity == pytest.approx(0.1, abs=0.05)
 
 
+@pytest.mark.parametrize("units", [("hidden",), ("kv_group", "hidden")])
+@pytest.mark.parametrize("target", [0.2, 0.5])
+def test_hidden_channels_alone_give_what_is_asked_for(units, target):
+    shape = ModelShape(576, 3, (LayerShape(3, 3, 64, 1536),) * 6)
+    given = {unit: torch.arange(float(sum(shape.sizes(unit)))) for unit in units}
+    assert uniform(shape, given, target).sparsity == pytest.approx(target, abs=0.002)
+
+
+def test_the_same_share_of_every_layer_is_refused_where_it_is_another_one(bench):
+    bench.config = replace(bench.config, method="wanda", allocation="local", units=("kv_group",), target_sparsity=0.7)
+    with pytest.raises(ValueError, match=r"every layer's kv_group can remove .* and 70 % are asked for"):
+        METHODS["wanda"](bench)
+
+
 def test_layers_that_stay_whole_leave_their_share_to_the_others(bench):
     shape = ModelShape(32, 3, (LayerShape(4, 2, 8, 200),) * 16)
     values = {unit: torch.rand(sum(shape.sizes(unit))) for unit in shape.inner_units}

@@ -34,7 +34,8 @@ def uniform(
 ) -> Plan:
     """Keep the best of every layer, the same share in all of them.
 
-    With hidden channels, width and hidden size shrink by the same factor. Groups are coarse: only those go that the
+    With hidden channels, width and hidden size shrink by the same factor; without FFN channels or experts hidden
+    channels give all. Groups are coarse: only those go that the
     share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest. So are experts; with channels,
     both shrink by the same factor. `groups_kept` may change the number of groups that this rule keeps, given it and how
     many there are; `experts_kept` is a number of experts, `hidden_kept` one of hidden channels, instead of the rule's.
@@ -45,7 +46,8 @@ def uniform(
     whole, left = (whole, 1 - shared) if shared < MOST_SHARED else ((), 1 - target_sparsity)
     gates = shape.open_gates()
     if "hidden" in scores:
-        wanted = shape.hidden_size * left**0.5 if hidden_kept is None else hidden_kept
+        share = left**0.5 if {"intermediate", "expert"} & scores.keys() else left
+        wanted = shape.hidden_size * share if hidden_kept is None else hidden_kept
         kept = _whole(wanted, shape.hidden_size, round_to)
         gates["hidden"] = best(scores["hidden"], kept)
         left *= shape.hidden_size / kept

@@ -52,7 +52,7 @@ def calibration_batches(
     """The first records of the run's data, `calibration_records` of them, with the prompt of a dense model.
 
     `alone`: without the prompt, and with nothing that rows share; `single`: each record a batch of its own. The run's
-    account is charged with a pass over them, or with a backward one too.
+    account is charged with a pass of each process over them, or with a backward one too.
     """
     config = bench.config
     rows = min(AT_ONCE, -(-config.batch_size // (config.accumulation * bench.progress.accumulation)))
@@ -62,7 +62,7 @@ def calibration_batches(
     prompt = replace(bench.prompt, name="none", body="") if alone else bench.prompt_at(0.0)
     parts = batches(records, bench.encoder, prompt, count if single else -(-count // rows))
     given = [(part.unshared() if alone or single else part).to(bench.accelerator.device) for part in parts]
-    tokens = sum(batch.computed for batch in given)
+    tokens = sum(batch.computed for batch in given) * bench.accelerator.num_processes
     bench.spend("calibration", operations(bench.model, tokens, 3 if backward else 1))
     return given
 

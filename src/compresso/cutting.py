@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compresso.families import Family, family_of
+from compresso.float64 import in_float64
 from compresso.plan import Plan
 from compresso.shape import rows_of, rows_of_channels, rows_per_group
 
@@ -136,7 +137,8 @@ class _Cut:
             if kind != ".bias" and columns is not None and len(columns) < tensor.shape[-1]:
                 tensor = tensor.index_select(-1, columns.to(device))
             if bool((torch.as_tensor(scale) != 1).any()):
-                factor = scale.to(device) if isinstance(scale, Tensor) else scale
                 more = offset if kind == ".weight" else 0.0
-                tensor = ((tensor.double() + more) * factor - more).to(tensor.dtype)
+                exact = in_float64(tensor) + more
+                factor = scale.to(exact.device) if isinstance(scale, Tensor) else scale
+                tensor = (exact * factor - more).to(tensor.dtype).to(device)
             yield target + kind, tensor.clone()

@@ -267,7 +267,7 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
         elif not (architecture.fused and path in (family.key, family.value)):
             target = names.get_name(module)
             assert target, module
-            yield f"{target}.{kind}", value + family.norm_offset if module.endswith("norm") else value
+            yield f"{target}.{kind}", value.float() + family.norm_offset if module.endswith("norm") else value
     factors = rope_factors(model)
     if factors is not None:
         yield "rope_freqs.weight", factors

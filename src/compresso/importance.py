@@ -54,7 +54,8 @@ def _own_texts(bench: Workbench) -> list[Batch]:
     config, model = bench.config, bench.model
     context = bench.encoder.context
     ids = broadcast(write_texts(model, bench.encoder, config.own_texts, own_length(bench.encoder), config.seed))
-    bench.spend("calibration", operations(model, ids.numel(), 4))  # written by one pass, and three to learn from
+    tokens = ids.numel() * bench.accelerator.num_processes  # each writes them by one pass, and takes three to learn
+    bench.spend("calibration", operations(model, tokens, 4))
     examples = [Example(row, [IGNORE, *row[1:]]) for row in ids.tolist()]
     rows = max(1, ROWS // bench.progress.accumulation)
     return [collate(examples[i : i + rows], context).to(ids.device) for i in range(0, len(examples), rows)]

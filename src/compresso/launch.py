@@ -22,7 +22,7 @@ def start(config: PruneConfig) -> Accelerator:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"--device {config.device}: this torch sees no CUDA device (`compresso doctor` tells more); use --device "
-            "cpu"
+            "cpu, in a run that goes on `device: cpu` in its config.yaml"
         )
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: this torch sees no Apple GPU; use --device cpu")

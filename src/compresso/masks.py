@@ -143,6 +143,8 @@ class Gates:
 
     def set(self, z: dict[str, Tensor]) -> None:
         """Use these gates from now on; units that are left out are open."""
+        if self._device.type == "mps":  # which has no float64
+            z = {unit: values.float() for unit, values in z.items()}
         parts = {unit: list(values.to(self._device).split(self.shape.sizes(unit))) for unit, values in z.items()}
         for unit in parts.keys() & self.kept.keys():
             parts[unit] = [part[kept] for part, kept in zip(parts[unit], self.kept[unit], strict=True)]

@@ -10,7 +10,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from compresso import scores
-from compresso.allocation import standardised, uniform, whole_layers
+from compresso.allocation import FAR, standardised, uniform, whole_layers
 from compresso.calibration import block_influence, calibration_batches, input_moments
 from compresso.importance import fisher
 from compresso.learned import l0
@@ -44,6 +44,11 @@ def one_shot(
         by_itself = config.allocation == "auto" and not rules.uniform
         whole = [*range(first), *range(layers - last, layers)] if by_itself else []
         plan = uniform(shape, found, config.target_sparsity, rules.round_to, nearest, whole=whole)
+        if not plan.sparsity or abs(plan.sparsity - config.target_sparsity) > FAR:
+            raise ValueError(
+                f"the same share of every layer's {', '.join(found)} can remove {100 * plan.sparsity:.1f} %, and "
+                f"{100 * config.target_sparsity:g} % are asked for; use --allocation global, or other --units"
+            )
     else:
         plan = select(
             shape, found if comparable else standardised(shape, found), config.target_sparsity, rules.round_to

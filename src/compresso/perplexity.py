@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.batches import Batch
+from compresso.float64 import in_float64
 from compresso.prefix import for_rows, positions_after, run_prefix, with_cache
 from compresso.train import target_loss
 
@@ -60,7 +61,7 @@ def window_nats(model: PreTrainedModel, windows: Tensor, prefix: Sequence[int] =
         ).logits[:, :-1]
         parts = zip(logits.split(POSITIONS_AT_ONCE, 1), rows[:, 1:].split(POSITIONS_AT_ONCE, 1), strict=True)
         losses = [functional.cross_entropy(z.float().transpose(1, 2), y, reduction="none") for z, y in parts]
-        nats += torch.cat(losses, 1).double().mean(1).tolist()
+        nats += in_float64(torch.cat(losses, 1)).mean(1).tolist()
     if not all(map(math.isfinite, nats)):
         raise ValueError("the model's probabilities are not numbers (NaN or infinite); its weights may be damaged")
     return nats

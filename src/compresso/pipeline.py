@@ -164,7 +164,9 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
             f"{', '.join(RECOVERY)}, and takes the rest from {folder / 'config.yaml'}"
         )
     of_run = PruneConfig(**{**read_yaml(folder / "config.yaml"), "output": str(folder)})
-    if not PruneConfig(**changed(vars(of_run), settings)).recover_steps:
+    wanted = PruneConfig(**changed(vars(of_run), settings))
+    settings = {name: getattr(wanted, name) for name in settings}  # in their own types, as they are written
+    if not wanted.recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do; say how many (--recover-steps 600)")
     now = Progress(doing="recover", settings=settings, further=further)
     with alone_in(folder):
@@ -193,7 +195,14 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
         check_in_parts(config, split=config.precision != "4bit")
     bench.config = config
     if "data" in now.settings:
-        bench.sources = without(read_records(config, bench.model, bench.encoder, bench.prompt), bench.held_out)
+        if config.records == "self" and not (folder / "self.jsonl").exists():
+            raise ValueError(
+                f"{folder} has no self.jsonl: its model wrote no records before it was cut, and what is left of it "
+                "should not; --own-share 0.5 mixes in texts that the dense model writes"
+            )
+        with bench.accelerator.main_process_first():
+            sources = read_records(config, bench.model, bench.encoder, bench.prompt)
+        bench.sources = without(sources, bench.held_out)
         check_unchanged(now, {"records of the recovery": digest_records(bench.sources, [])}, folder)
     bench.parameters, bench.prunable = summary["parameters"]["before"], summary["prunable_parameters"]["before"]
     bench.tune = tuning.chosen(config, bench.parameters, bench.place is None)  # as the run itself chose
@@ -359,7 +368,7 @@ def _write(bench: Workbench, summary: dict[str, Any]) -> None:
 def _metrics_rows(metrics: Path, of_recovery: bool) -> int:
     """Rows that stay when a recovery begins: repeating one replaces its rows; a run that trained nothing has none."""
     rows = metrics.read_text().splitlines() if metrics.exists() else []
-    return len(rows) if of_recovery else sum('"stage": "recover"' not in row for row in rows)
+    return len(rows) if of_recovery else sum('"stage": "prune"' in row for row in rows)
 
 
 def _link(source: str, target: str) -> None:

@@ -69,8 +69,10 @@ def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[st
     Raises ValueError if such texts were asked for and it writes none.
     """
     account, share = summary.setdefault("operations", {}), tuning.own_share(bench.config, bench.tune)
+    before = account.pop("own_texts", 0)
+    if bench.progress.further and before:  # of the recovery that this one goes on from
+        account["own_texts"] = before
     if not dense or not share:
-        account.pop("own_texts", None)
         return []
     records = bench.config.recover_steps * bench.config.batch_size * bench.accelerator.num_processes
     count = texts_for(records, share)
@@ -78,7 +80,8 @@ def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[st
         texts = kept_texts(dense, bench.encoder, count, bench.config.seed, bench.folder / OWN)
     if not texts and bench.config.own_share:
         raise ValueError(f"{bench.folder / OWN} holds no usable text of the model's own; recover with --own-share 0")
-    account["own_texts"] = operations(dense, len(texts) * own_length(bench.encoder), 1)
+    written = operations(dense, len(texts) * own_length(bench.encoder), 1)
+    account["own_texts"] = max(account.get("own_texts", 0), written)
     return texts
 
 

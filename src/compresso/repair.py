@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.calibration import Moments, output_paths
+from compresso.float64 import in_float64
 from compresso.plan import Plan
 from compresso.shape import rows_of
 
@@ -32,11 +33,12 @@ def refit(model: PreTrainedModel, plan: Plan, moments: dict[str, Moments], dampi
         assert gram is not None
         if not 0 < len(kept) < gram.shape[0]:
             continue
-        gram, kept = gram.double(), kept.to(gram.device)
-        weight, ridge = matrix.weight.double().T, damping * float(gram.diagonal().mean())
+        gram = in_float64(gram)
+        kept = kept.to(gram.device)
+        weight, ridge = in_float64(matrix.weight).T, damping * float(gram.diagonal().mean())
         inner = gram[kept][:, kept] + ridge * torch.eye(len(kept), dtype=gram.dtype, device=gram.device)
         solved = torch.linalg.solve(inner, gram[kept] @ weight + ridge * weight[kept])
-        matrix.weight[:, kept] = solved.T.to(matrix.weight.dtype)
+        matrix.weight[:, kept.to(matrix.weight.device)] = solved.T.to(matrix.weight)
 
 
 @torch.no_grad()

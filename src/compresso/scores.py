@@ -21,6 +21,7 @@ from compresso.calibration import (
     weight_gradients,
 )
 from compresso.families import UNITS, Family, family_of
+from compresso.float64 import in_float64
 from compresso.shape import describe, has
 from compresso.workbench import Workbench
 
@@ -59,7 +60,8 @@ def flap(bench: Workbench, moments: dict[str, Moments] | None = None) -> Scores:
         return weight.square().sum(0) * moments.variance
 
     def standardised(unit: str, columns: Tensor) -> Tensor:
-        values = columns.double().square() if unit == "kv_group" else columns.double()
+        columns = in_float64(columns)
+        values = columns.square() if unit == "kv_group" else columns
         return ((values - values.mean()) / values.std().clamp(min=torch.finfo().tiny)).float()
 
     return _of_columns(bench, score, moments, standardised)

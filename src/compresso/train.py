@@ -329,6 +329,8 @@ def _summed(accelerator: Accelerator, values: Tensor) -> Tensor:
         return values
     try:
         return accelerator.reduce(values.to(accelerator.device), reduction="sum").to(values.device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise Disconnected(f"another process of this launch does not answer ({str(error).splitlines()[0]})") from error
 

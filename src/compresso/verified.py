@@ -43,14 +43,19 @@ def extract_checked(bench: Workbench, model: PreTrainedModel, plan: Plan) -> tup
 def save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
     """Save in the dtype of the original, reload as a stranger would, compare logits; one process does it for all.
 
-    Raises RuntimeError if what loads computes something else.
+    All of them go on from what is saved, as a run does that is resumed. Raises RuntimeError if what loads computes
+    something else.
     """
-    if not bench.writes:
-        bench.accelerator.wait_for_everyone()
-        return
+    working = model.dtype
+    sort_channels(checkpoint.cast(model, bench.facts["stored_dtype"]))  # as every mixture that is loaded
+    if bench.writes:
+        _save_and_compare(bench, model, folder, summary)
+    checkpoint.cast(model, working)
+    bench.accelerator.wait_for_everyone()
+
+
+def _save_and_compare(bench: Workbench, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
     with status(f"saving {folder}, and comparing what loads with what was saved"):
-        working = model.dtype
-        sort_channels(checkpoint.cast(model, bench.facts["stored_dtype"]))  # as every mixture that is loaded
         prompt = bench.prompt_at(summary["sparsity"])
         card = checkpoint.model_card(model, bench.config.model, prompt, _card_facts(summary))
         checkpoint.save(model, bench.tokenizer, prompt, folder, card)
@@ -61,8 +66,6 @@ def save_checked(bench: Workbench, model: PreTrainedModel, folder: Path, summary
         actual = reloaded.to(model.device).eval()(ids).logits
         difference = _difference(actual, expected, f"the model reloaded from {folder}", "the model saved there")
         note_difference(summary, folder, difference)
-        checkpoint.cast(model, working)
-    bench.accelerator.wait_for_everyone()
 
 
 def note_difference(summary: dict[str, Any], folder: Path, difference: float) -> None:
