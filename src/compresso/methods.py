@@ -45,9 +45,10 @@ def one_shot(
         whole = [*range(first), *range(layers - last, layers)] if by_itself else []
         plan = uniform(shape, found, config.target_sparsity, rules.round_to, nearest, whole=whole)
         if not plan.sparsity or abs(plan.sparsity - config.target_sparsity) > FAR:
+            otherwise = "" if rules.uniform else "--allocation global, or "
             raise ValueError(
                 f"the same share of every layer's {', '.join(found)} can remove {100 * plan.sparsity:.1f} %, and "
-                f"{100 * config.target_sparsity:g} % are asked for; use --allocation global, or other --units"
+                f"{100 * config.target_sparsity:g} % are asked for; use {otherwise}other --units"
             )
     else:
         plan = select(
