@@ -105,9 +105,9 @@ class Lab:
     def _split(self, data: str) -> tuple[Path, list]:
         lines = Path(data).read_text().splitlines()
         stride = max(10, len(lines) // 128)
-        parts = {"train": [line for i, line in enumerate(lines) if i % stride], "held-out": lines[::stride][:128]}
-        train, held_out = (self.work / f"{name}.jsonl" for name in parts)
-        for path, part in zip((train, held_out), parts.values(), strict=True):
+        train, held_out = self.work / "train.jsonl", self.work / "held-out.jsonl"
+        learned = [line for i, line in enumerate(lines) if i % stride]
+        for path, part in ((train, learned), (held_out, lines[::stride][:128])):
             content = "".join(f"{line}\n" for line in part).encode()
             if not path.exists() or path.read_bytes() != content:  # another process may be reading it
                 whole_files.write(path, content)

@@ -260,11 +260,11 @@ def test_a_longer_recovery_writes_the_texts_that_it_lacks(finished, tmp_path):
         written.append(summary["operations"]["own_texts"])
     assert [len(each) for each in lines] == [4, 12, 12]
     assert lines[1] == lines[2]
-    further = compresso.recover(str(run), recover_steps=1, further=True, own_share=0.0)
-    assert further["operations"]["own_texts"] == written[-1], "of the recovery that this one goes on from"
     assert lines[1][:4] == lines[0]
     assert len({*lines[1]}) == 12
     assert written[0] == written[2] == pytest.approx(written[1] / 3)
+    further = compresso.recover(str(run), recover_steps=1, further=True, own_share=0.0)
+    assert further["operations"]["own_texts"] == written[-1], "of the recovery that this one goes on from"
 
 
 def test_a_run_whose_kept_texts_are_all_empty_says_so_or_does_without(finished, tmp_path):

@@ -35,11 +35,11 @@ def uniform(
     """Keep the best of every layer, the same share in all of them.
 
     With hidden channels, width and hidden size shrink by the same factor; without FFN channels or experts hidden
-    channels give all. Groups are coarse: only those go that the
-    share covers whole (as in FLAP's Wanda-sp), and FFN channels make up for the rest. So are experts; with channels,
-    both shrink by the same factor. `groups_kept` may change the number of groups that this rule keeps, given it and how
-    many there are; `experts_kept` is a number of experts, `hidden_kept` one of hidden channels, instead of the rule's.
-    Layers that stay `whole`, by number, leave their share to the others.
+    channels give all. Groups are coarse: only those go that the share covers whole (as in FLAP's Wanda-sp), and FFN
+    channels make up for the rest. So are experts; with channels, both shrink by the same factor. `groups_kept` may
+    change the number of groups that this rule keeps, given it and how many there are; `experts_kept` is a number of
+    experts, `hidden_kept` one of hidden channels, instead of the rule's. Layers that stay `whole`, by number, leave
+    their share to the others.
     """
     rows_of = [*map(shape.rows, shape.layers)]
     shared = target_sparsity * sum(rows_of) / sum(rows for i, rows in enumerate(rows_of) if i not in whole)

@@ -19,13 +19,13 @@ PATIENCE = timedelta(hours=3)  # that processes wait for one that writes a large
 
 def start(config: PruneConfig) -> Accelerator:
     """The processes of this launch on the device that the settings name. Raises ValueError for what they cannot do."""
+    instead = "use --device cpu, in a run that goes on `device: cpu` in its config.yaml"
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"--device {config.device}: this torch sees no CUDA device (`compresso doctor` tells more); use --device "
-            "cpu, in a run that goes on `device: cpu` in its config.yaml"
+            f"--device {config.device}: this torch sees no CUDA device (`compresso doctor` tells more); {instead}"
         )
     if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this torch sees no Apple GPU; use --device cpu")
+        raise ValueError(f"--device mps: this torch sees no Apple GPU; {instead}")
     if config.device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"--device must be auto, cpu, cuda or mps, got {config.device!r}")
     log_with = None if config.tracker == "none" else config.tracker

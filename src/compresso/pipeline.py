@@ -168,6 +168,11 @@ def recover(run: str, *, further: bool = False, **settings: Any) -> dict[str, An
     settings = {name: getattr(wanted, name) for name in settings}  # in their own types, as they are written
     if not wanted.recover_steps:
         raise ValueError("--recover-steps is 0: there is nothing to do; say how many (--recover-steps 600)")
+    if "data" in settings and wanted.records == "self" and not (folder / "self.jsonl").exists():
+        raise ValueError(
+            f"{folder} has no self.jsonl: its model wrote no records before it was cut, and what is left of it should "
+            "not; --own-share 0.5 mixes in texts that the dense model writes"
+        )
     now = Progress(doing="recover", settings=settings, further=further)
     with alone_in(folder):
         return _to_the_end(folder, lambda: (_ready_to_recover(of_run, now, begins=True), _recover_again))
@@ -195,11 +200,6 @@ def _ready_to_recover(of_run: PruneConfig, now: Progress, begins: bool = False) 
         check_in_parts(config, split=config.precision != "4bit")
     bench.config = config
     if "data" in now.settings:
-        if config.records == "self" and not (folder / "self.jsonl").exists():
-            raise ValueError(
-                f"{folder} has no self.jsonl: its model wrote no records before it was cut, and what is left of it "
-                "should not; --own-share 0.5 mixes in texts that the dense model writes"
-            )
         with bench.accelerator.main_process_first():
             sources = read_records(config, bench.model, bench.encoder, bench.prompt)
         bench.sources = without(sources, bench.held_out)

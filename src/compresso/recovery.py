@@ -69,9 +69,8 @@ def _own_texts(bench: Workbench, dense: PreTrainedModel | None, summary: dict[st
     Raises ValueError if such texts were asked for and it writes none.
     """
     account, share = summary.setdefault("operations", {}), tuning.own_share(bench.config, bench.tune)
-    before = account.pop("own_texts", 0)
-    if bench.progress.further and before:  # of the recovery that this one goes on from
-        account["own_texts"] = before
+    if not bench.progress.further:  # else those of the recovery that this one goes on from count as well
+        account.pop("own_texts", None)
     if not dense or not share:
         return []
     records = bench.config.recover_steps * bench.config.batch_size * bench.accelerator.num_processes
